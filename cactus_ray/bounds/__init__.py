@@ -1,0 +1,1 @@
+"""Networks as plain graphs, and sound bounds over them."""

@@ -1,0 +1,270 @@
+"""One run, as frozen dataclasses: what is trained, on what, against which threat.
+
+Every field carries its range in ``metadata``, from which both the strict parser and the editor's JSON schema are made.
+Unknown keys, wrong types, NaN and values out of range raise ``ConfigError`` with the key's path. Two runs are the same
+run exactly when their ``config_hash`` is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from cactus_ray.errors import ConfigError
+
+T = typing.TypeVar("T")
+
+METHODS = ("cactus", "sabr", "ibp")
+CERTIFIED_LOSSES = ("ibp", "sabr")
+STRATEGIES = ("none", "single", "triple", "random", "fixed", "dense", "progressive", "adaptive")
+PRUNE_FAMILIES = tuple(f"{g}{s}-{n}" for g in "gl" for s in "us" for n in ("l1", "l2", "grad"))
+AWP_UNITS = ("step", "std", "absolute", "relative")
+
+_SABR_OPTIONS = ("box_ratio", "attack_steps", "attack_step_size")
+_CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member")
+_DEFAULTS: dict[str, Any] = {
+    "certified_loss": "sabr", "box_ratio": 0.6, "attack_steps": 1, "attack_step_size": 1.0,
+    "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
+}  # fmt: skip
+
+
+def options_of(method: str, certified_loss: str | None = None) -> tuple[str, ...]:
+    """The method-dependent keys of ``RunConfig`` that this method reads; all others are inactive."""
+    loss = {"sabr": "sabr", "ibp": "ibp"}.get(method, certified_loss or _DEFAULTS["certified_loss"])
+    return (_CACTUS_OPTIONS if method == "cactus" else ()) + (_SABR_OPTIONS if loss == "sabr" else ())
+
+
+def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
+    """A field with its allowed values. ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum."""
+    metadata = {"doc": doc, "choices": choices, **limits}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which images. ``root`` is the folder of data sets that are not inside a package."""
+
+    name: str = setting(doc="data set", choices=("digits", "mnist", "image_folder"))
+    root: str | None = setting(None, doc="folder that holds the data set")
+    image_size: int | None = setting(
+        None, doc="side in pixels to which an image folder is resized", minimum=4, maximum=1024
+    )
+    train_samples: int | None = setting(None, doc="use only this many training images (fixed subset)", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which architecture, or ``factory: package.module:function`` for the user's own."""
+
+    name: str | None = setting(None, doc="architecture", choices=("cnn_small", "cnn7", "mlp"))
+    width: float = setting(1.0, doc="factor on every width", exclusive_minimum=0.0, maximum=8.0)
+    hidden: tuple[int, ...] = setting((128, 64), doc="hidden widths of mlp", minimum=1)
+    batch_norm: bool | None = setting(None, doc="batch norm after every hidden layer; default: the architecture's own")
+    factory: str | None = setting(None, doc="package.module:function that returns a torch module (needs --trust-code)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreatConfig:
+    """The set of inputs against which robustness is certified: a ball clipped to the domain."""
+
+    norm: str = setting("linf", doc="norm of the perturbation", choices=("linf",))
+    epsilon: float = setting(doc="radius in units of the image domain", minimum=0.0, maximum=1.0)
+    domain: tuple[float, float] = setting((0.0, 1.0), doc="smallest and largest pixel value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Optimiser and schedules. Fractions are of all training steps."""
+
+    epochs: int = setting(30, doc="passes over the training split", minimum=1)
+    batch_size: int = setting(64, doc="images per step, over all workers", minimum=1)
+    optimizer: str = setting("adam", doc="optimiser", choices=("adam", "adamw", "sgd"))
+    weight_decay: float = setting(0.0, doc="weight decay", minimum=0.0)
+    momentum: float = setting(0.9, doc="momentum of sgd", minimum=0.0, exclusive_maximum=1.0)
+    l1: float = setting(0.0, doc="weight of the sum of |w| of conv and linear weights", minimum=0.0)
+    clip_norm: float = setting(10.0, doc="largest gradient norm", exclusive_minimum=0.0)
+    decay_at: tuple[float, ...] = setting(
+        (0.7, 0.9), doc="fractions at which the learning rate falls", minimum=0.0, maximum=1.0
+    )
+    decay_factor: float = setting(0.2, doc="factor of each fall", exclusive_minimum=0.0, maximum=1.0)
+    warmup: float = setting(0.02, doc="fraction with epsilon 0 and standard weight 1", minimum=0.0, maximum=1.0)
+    ramp: float = setting(0.3, doc="fraction over which epsilon and the standard weight move", minimum=0.0, maximum=1.0)
+    initialization: str = setting("ibp", doc="ibp: Shi et al. 2021; default: torch's own", choices=("ibp", "default"))
+    regularizer: float = setting(0.0, doc="weight of Shi et al.'s ramp regularisers", minimum=0.0)
+    keep: str = setting("last", doc="checkpoint that is verified", choices=("last", "best"))
+    proxy_samples: int = setting(512, doc="selection images scored after every epoch (plain and IBP)", minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionSetConfig:
+    """Members of the compression set beside the full network (CACTUS, Sec. 4.3 and Tables 6-8)."""
+
+    strategy: str = setting("single", doc="how sparsities are drawn", choices=STRATEGIES)
+    low: float = setting(0.25, doc="smallest sparsity", minimum=0.0, exclusive_maximum=1.0)
+    high: float = setting(0.75, doc="largest sparsity", minimum=0.0, exclusive_maximum=1.0)
+    size: int = setting(3, doc="members, the full network included (random, fixed)", minimum=2, maximum=16)
+    family: str = setting("gu-l1", doc="pruning family", choices=PRUNE_FAMILIES)
+    member_fraction: float = setting(
+        1.0, doc="share of the batch that a member sees", exclusive_minimum=0.0, maximum=1.0
+    )
+    refresh_every: int = setting(1, doc="steps for which a mask is kept", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ConfigError("compression_set.low", self.low, f"at most compression_set.high = {self.high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One trial: everything that its weights depend on, except the machine type and the thread count."""
+
+    data: DataConfig = setting(doc="data")
+    model: ModelConfig = setting(doc="model")
+    threat: ThreatConfig = setting(doc="threat")
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"doc": "training"})
+    method: str = setting("cactus", doc="training method", choices=METHODS)
+    learning_rate: float = setting(0.001, doc="learning rate", exclusive_minimum=0.0, maximum=10.0)
+    standard_weight: float = setting(
+        0.5, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
+    )
+    certified_loss: str | None = setting(None, doc="certified loss of cactus", choices=CERTIFIED_LOSSES)
+    box_ratio: float | None = setting(None, doc="SABR: box radius / epsilon", exclusive_minimum=0.0, maximum=1.0)
+    attack_steps: int | None = setting(None, doc="SABR: PGD steps", minimum=1, maximum=1000)
+    attack_step_size: float | None = setting(None, doc="SABR: step / epsilon", exclusive_minimum=0.0, maximum=10.0)
+    compression_set: CompressionSetConfig | None = setting(None, doc="compression set of cactus")
+    awp_radius: float | None = setting(None, doc="eta: radius of the weight perturbation in awp_unit", minimum=0.0)
+    awp_unit: str | None = setting(None, doc="unit of awp_radius (step: int8 step of the channel)", choices=AWP_UNITS)
+    awp_steps: int | None = setting(None, doc="ascent steps of the weight perturbation", minimum=1, maximum=100)
+    awp_member: str | None = setting(
+        None, doc="perturb a copy of the full network, or the pruned one", choices=("separate", "pruned")
+    )
+    seed: int = setting(0, doc="seed of everything random", minimum=0, maximum=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        active = options_of(self.method, self.certified_loss)
+        for key in (*_CACTUS_OPTIONS, *_SABR_OPTIONS):
+            value = getattr(self, key)
+            if key not in active and value is not None:
+                raise ConfigError(key, _plain(value), f"nothing: method {self.method!r} does not use it")
+            if key in active and value is None:
+                default = CompressionSetConfig() if key == "compression_set" else _DEFAULTS[key]
+                object.__setattr__(self, key, default)
+        if (self.model.name is None) == (self.model.factory is None):
+            raise ConfigError("model", _plain(self.model), "either name or factory")
+        low, high = self.threat.domain
+        if not low < high:
+            raise ConfigError("threat.domain", [low, high], "two increasing numbers")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict without inactive (None) keys; ``parse(RunConfig, ...)`` reads it back."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+    @property
+    def config_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON; where the data lie on disk does not count."""
+        plain = self.to_dict()
+        plain["data"].pop("root", None)
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(v) for f in fields(value) if (v := getattr(value, f.name)) is not None}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of any configuration dataclass, without None."""
+    return typing.cast(dict[str, Any], _plain(config))
+
+
+# --- strict parsing ------------------------------------------------------------------------------------------------
+
+
+def parse(kind: type[T], data: Any, path: str = "") -> T:
+    """Build a configuration dataclass from plain data.
+
+    Raises ConfigError for an unknown or missing key, a wrong type (a bool is no number), NaN or infinity, and a value
+    outside the field's range; ``path`` prefixes the keys in messages.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(path or "(top)", data, f"a mapping with keys {', '.join(f.name for f in fields(kind))}")  # type: ignore[arg-type]
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for key in data:
+        if key not in known:
+            raise ConfigError(_join(path, key), data[key], f"no such key; one of {', '.join(known)}")
+    values = {}
+    for name, spec in known.items():
+        if name in data:
+            values[name] = convert(hints[name], data[name], spec.metadata, _join(path, name))
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise ConfigError(_join(path, name), None, f"a value ({spec.metadata['doc']})")
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        prefix = "" if path == "" or error.path.startswith(path) else f"{path}."
+        raise ConfigError(prefix + error.path, error.value, error.expected) from None
+
+
+def convert(hint: Any, value: Any, metadata: Mapping[str, Any], path: str) -> Any:
+    """``value`` as the annotated type, checked against the field's choices and limits; ConfigError otherwise."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
+    if is_dataclass(hint):
+        return parse(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        arguments = typing.get_args(hint)
+        repeated = arguments[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or (not repeated and len(value) != len(arguments)):
+            raise ConfigError(path, value, f"a list of {'' if repeated else f'{len(arguments)} '}numbers")
+        return tuple(convert(arguments[0], v, metadata, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint:
+        raise ConfigError(path, value, describe(hint, metadata))
+    if metadata.get("choices") and value not in metadata["choices"]:
+        raise ConfigError(path, value, describe(hint, metadata))
+    if hint in (int, float) and not _in_range(value, metadata):
+        raise ConfigError(path, value, describe(hint, metadata))
+    return value
+
+
+def _in_range(value: float, limits: Mapping[str, Any]) -> bool:
+    return (
+        math.isfinite(value)
+        and value >= limits.get("minimum", -math.inf)
+        and value <= limits.get("maximum", math.inf)
+        and value > limits.get("exclusive_minimum", -math.inf)
+        and value < limits.get("exclusive_maximum", math.inf)
+    )
+
+
+def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
+    """What would be right, in words: "a finite number in (0.0, 1.0]" or "one of adam, sgd"."""
+    if metadata.get("choices"):
+        return f"one of {', '.join(metadata['choices'])}"
+    if hint not in (int, float):
+        return {str: "text", bool: "true or false"}.get(hint, str(hint))
+    low, high = metadata.get("minimum"), metadata.get("maximum")
+    low_text = f"[{low}" if low is not None else f"({metadata.get('exclusive_minimum', '-inf')}"
+    high_text = f"{high}]" if high is not None else f"{metadata.get('exclusive_maximum', 'inf')})"
+    limited = any(k in metadata for k in ("minimum", "maximum", "exclusive_minimum", "exclusive_maximum"))
+    return (
+        f"{'a whole number' if hint is int else 'a finite number'}{f' in {low_text}, {high_text}' if limited else ''}"
+    )
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

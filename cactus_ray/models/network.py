@@ -1,0 +1,83 @@
+"""A trained network and its file: one safetensors file whose header holds the graph and the run as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.config import RunConfig, parse
+from cactus_ray.errors import ConfigError, UserError
+
+FORMAT = "cactus-ray-network-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Graph, tensors (float32, CPU) and where they come from.
+
+    ``config`` is None for a network that we did not train.
+    """
+
+    graph: Graph
+    params: Params
+    config: RunConfig | None = None
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def pack(network: Network) -> bytes:
+    """The network as the bytes of a safetensors file. Deterministic."""
+    import safetensors.torch
+
+    header = {
+        "format": FORMAT,
+        "graph": json.dumps(network.graph.to_json(), sort_keys=True),
+        "config": json.dumps(network.config.to_dict() if network.config else None, sort_keys=True),
+        "class_names": json.dumps(list(network.class_names)),
+        "provenance": json.dumps(network.provenance, sort_keys=True),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(network.params.items())}
+    data: bytes = safetensors.torch.save(tensors, metadata=header)
+    return data
+
+
+def unpack(data: bytes, source: str = "network") -> Network:
+    """Inverse of ``pack``. Raises UserError, naming ``source``, for anything that is not such a file."""
+    import safetensors
+    import safetensors.torch
+
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        tensors = safetensors.torch.load(data)
+        if header["format"] != FORMAT:
+            raise UserError(f"{source}: format {header['format']!r}; expected {FORMAT!r}")
+        config = json.loads(header["config"])
+        return Network(
+            Graph.from_json(json.loads(header["graph"])),
+            tensors,
+            parse(RunConfig, config) if config is not None else None,
+            tuple(json.loads(header["class_names"])),
+            json.loads(header["provenance"]),
+        )
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, ConfigError) as error:
+        raise UserError(f"{source}: not a network file written by cactus-ray ({error})") from error
+
+
+def save(network: Network, path: Path) -> None:
+    """Write the network's file; a crash leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(pack(network))
+    partial.replace(path)
+
+
+def load(path: Path) -> Network:
+    """Read a network's file. Raises UserError where it is missing or broken."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a network file (.safetensors)") from error
+    return unpack(data, str(path))
