@@ -29,7 +29,7 @@ AWP_UNITS = ("step", "std", "absolute", "relative")
 _SABR_OPTIONS = ("box_ratio", "attack_steps", "attack_step_size")
 _CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member")
 _DEFAULTS: dict[str, Any] = {
-    "certified_loss": "sabr", "box_ratio": 0.6, "attack_steps": 1, "attack_step_size": 1.0,
+    "certified_loss": "sabr", "box_ratio": 0.8, "attack_steps": 1, "attack_step_size": 1.0,
     "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
 }  # fmt: skip
 
@@ -102,6 +102,12 @@ class TrainConfig:
     keep: str = setting("last", doc="checkpoint that is verified", choices=("last", "best"))
     proxy_samples: int = setting(512, doc="selection images scored after every epoch (plain and IBP)", minimum=1)
 
+    def __post_init__(self) -> None:
+        if self.warmup + self.ramp > 1.0:
+            raise ConfigError(
+                "train.ramp", self.ramp, f"at most 1 - train.warmup = {1.0 - self.warmup:g}, or epsilon is never reached"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressionSetConfig:
@@ -131,9 +137,9 @@ class RunConfig:
     threat: ThreatConfig = setting(doc="threat")
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"doc": "training"})
     method: str = setting("cactus", doc="training method", choices=METHODS)
-    learning_rate: float = setting(0.001, doc="learning rate", exclusive_minimum=0.0, maximum=10.0)
+    learning_rate: float = setting(0.005, doc="learning rate", exclusive_minimum=0.0, maximum=10.0)
     standard_weight: float = setting(
-        0.5, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
+        0.3, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
     )
     certified_loss: str | None = setting(None, doc="certified loss of cactus", choices=CERTIFIED_LOSSES)
     box_ratio: float | None = setting(None, doc="SABR: box radius / epsilon", exclusive_minimum=0.0, maximum=1.0)

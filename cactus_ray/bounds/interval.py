@@ -47,8 +47,11 @@ class Box:
 
 
 def ball(images: Tensor, epsilon: float, domain: tuple[float, float]) -> Box:
-    """The linf ball of radius ``epsilon`` (>= 0, pixel units) around images [N, C, H, W], clipped to the domain."""
-    return Box.between((images - epsilon).clamp(min=domain[0]), (images + epsilon).clamp(max=domain[1]))
+    """The linf ball of radius ``epsilon`` (>= 0, pixel units) around images [N, C, H, W], clipped to the domain.
+
+    An image outside the domain gives the part of its ball inside, or where there is none the domain's nearest point.
+    """
+    return Box.between((images - epsilon).clamp(*domain), (images + epsilon).clamp(*domain))
 
 
 def propagate(
@@ -100,17 +103,25 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
     return Box(inputs[0].center + inputs[1].center, inputs[0].radius + inputs[1].radius)  # add
 
 
-def margins(graph: Graph, params: Params, box: Box, labels: Tensor, *, statistics: Statistics | None = None) -> Tensor:
-    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label.
+def margins(
+    graph: Graph,
+    params: Params,
+    box: Box,
+    labels: Tensor,
+    *,
+    statistics: Statistics | None = None,
+    visit: Callable[[Node, Box], object] | None = None,
+) -> Tensor:
+    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label. ``visit``: see propagate.
 
     Where the network ends in a linear layer, it is merged with the difference ("elided"), which is tighter.
     """
     last = graph.output
     if last.op != "linear":
-        out = propagate(graph, params, box, statistics=statistics)
+        out = propagate(graph, params, box, statistics=statistics, visit=visit)
         lower = out.lower.gather(1, labels[:, None]) - out.upper
         return lower.scatter(1, labels[:, None], 0.0)
-    x = propagate(graph, params, box, statistics=statistics, until=last.inputs[0])
+    x = propagate(graph, params, box, statistics=statistics, until=last.inputs[0], visit=visit)
     weight, bias = params[f"{last.name}.weight"], params.get(f"{last.name}.bias")
     difference = weight[labels][:, None, :] - weight[None]  # [N, classes, features]
     lower = torch.einsum("nkf,nf->nk", difference, x.center) - torch.einsum("nkf,nf->nk", difference.abs(), x.radius)

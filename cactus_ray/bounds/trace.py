@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cactus_ray.bounds.graph import Graph, Node, Params, apply_node
+from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward
 from cactus_ray.errors import UnsupportedGraphError
 
 
@@ -29,7 +29,9 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Param
     builder = _Builder(module, tuple(input_shape))
     for node in traced.nodes:
         builder.add(node)
-    return Graph(tuple(builder.nodes), tuple(input_shape)), builder.params
+    graph = Graph(tuple(builder.nodes), tuple(input_shape))
+    _check(module, graph, builder.params)
+    return graph, builder.params
 
 
 class _Tracer(fx.Tracer):
@@ -153,17 +155,16 @@ class _Builder:
 
     def _functional_pool(self, node: fx.Node, target: str) -> None:
         inputs = (self._input(node),)
-        names = ("kernel_size", "stride", "padding")
-        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        given = dict(zip(_POOL_ARGUMENTS[target], node.args[1:], strict=False)) | dict(node.kwargs)
         if target == "adaptive_avg_pool2d":
-            size = given.get("kernel_size", given.get("output_size"))
-            self._append(node, Node(node.name, "avg_pool2d", inputs, self._adaptive(node.name, inputs[0], size)))
+            attributes = self._adaptive(node.name, inputs[0], given["output_size"])
+            self._append(node, Node(node.name, "avg_pool2d", inputs, attributes))
             return
-        if extra := {k: v for k, v in given.items() if k not in names and v not in (False, None)}:
+        if extra := {k: v for k, v in given.items() if v not in _POOL_DEFAULTS.get(k, (v,))}:
             raise UnsupportedGraphError(f"{target} (node {node.name!r}) with {extra!r}")
         attributes = _pool(given["kernel_size"], given.get("stride"), given.get("padding", 0))
         if target == "avg_pool2d":
-            attributes["count_include_pad"] = True
+            attributes["count_include_pad"] = given.get("count_include_pad", True)
         self._append(node, Node(node.name, target, inputs, attributes))
 
     def _adaptive(self, name: str, source: str, size: Any) -> dict[str, Any]:
@@ -195,6 +196,37 @@ class _Builder:
         if len(rest) != 2 or not isinstance(rest[0], fx.Node):
             return False
         return rest[0].name in self.batch_sizes and isinstance(rest[1], int) and rest[1] == -1
+
+
+_POOL_ARGUMENTS = {
+    "max_pool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    "avg_pool2d": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    "adaptive_avg_pool2d": ("output_size",),
+}
+_POOL_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "dilation": (1, (1, 1)), "ceil_mode": (False,), "return_indices": (False,), "divisor_override": (None,),
+}  # fmt: skip
+
+
+def _check(module: nn.Module, graph: Graph, params: Params) -> None:
+    """Refuse a graph that does not compute what the module computes in evaluation."""
+    like = next((t for t in params.values() if t.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, *graph.input_shape, generator=generator, dtype=torch.float64).to(like)
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            wanted, found = module(x), forward(graph, params, x)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise UnsupportedGraphError(
+            f"{type(module).__name__} computes something else in evaluation than its traced operators (difference "
+            f"{float((wanted - found).abs().max()):.3g}); a scale-and-shift module must compute x * scale + shift, and "
+            "forward must not depend on self.training"
+        )
 
 
 def _cpu_float(params: Params) -> Params:

@@ -1,0 +1,234 @@
+"""Linear bounds propagated backward (CROWN: Zhang et al. 2018; Xu et al. 2020), over boxes of every node.
+
+Sound in real arithmetic: rounding is not charged here. Decisions are taken in float64, so give float64 tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds import interval
+from cactus_ray.bounds.adjoint import pull_linear, unbroadcast
+from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.bounds.interval import Box
+from cactus_ray.bounds.relaxation import Relaxation, relax
+from cactus_ray.bounds.rows import Rows, Shape, unit_rows
+
+CPU_BYTES, DEVICE_BYTES = 1 << 22, 1 << 30
+"""Bytes of one dense coefficient tensor: on a CPU what its caches hold (several times faster), else memory."""
+LEAST_ROWS = 32
+"""Rows that are bounded at once however large their node is; fewer would only cost overhead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much work goes into the bounds of the nodes before a ReLU or a max pooling.
+
+    ``intermediate``: "ibp", or "crown": CROWN on unstable neurons, intersected with IBP.
+    ``rows``: neurons of one node and sample that CROWN bounds (the loosest first); the others keep IBP's bounds.
+    ``deadline``: value of ``time.perf_counter`` from which on nodes keep IBP's bounds; None: no limit.
+    ``memory``: bytes of one tensor of coefficients; None: chosen by the device.
+    """
+
+    intermediate: str = "crown"
+    rows: int = 2048
+    deadline: float | None = None
+    memory: int | None = None
+
+
+FULL_EFFORT = Effort()
+
+
+def crown_margins(
+    graph: Graph,
+    params: Params,
+    box: Box,
+    labels: Tensor,
+    *,
+    known: Tensor | None = None,
+    effort: Effort = FULL_EFFORT,
+) -> Tensor:
+    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label.
+
+    Never below ``known``, lower bounds that the caller already has (default: ``interval.margins``); classes whose
+    known bound is positive are not bounded again. NaN stays NaN. The tensors' dtype decides the precision.
+    """
+    if known is None:
+        known = interval.margins(graph, params, box, labels)
+    wanted = ~(known > 0)
+    wanted = wanted.scatter(1, labels[:, None], False)
+    samples = wanted.any(1).nonzero()[:, 0]
+    if len(samples) == 0:
+        return known
+    boxes = intermediate_boxes(graph, params, Box(box.center[samples], box.radius[samples]), effort)
+    labels, wanted = labels[samples], wanted[samples]
+    order = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+
+    def differences(chunk: Tensor, start: int, stop: int) -> Rows:
+        others = order[chunk, start:stop]
+        rows = box.center.new_zeros(*others.shape, wanted.shape[1])
+        rows.scatter_(2, labels[chunk, None, None].expand(-1, others.shape[1], 1), 1.0)
+        return Rows(rows.scatter_add_(2, others[..., None], rows.new_full((*others.shape, 1), -1.0)))
+
+    relaxed = Relaxed.on(graph, params, boxes, graph.output.name)
+    found = box.center.new_full(wanted.shape, -torch.inf)
+    for chunk, start, stop, bound in relaxed.sweep(wanted.sum(1), differences, effort.memory):
+        found[chunk[:, None], order[chunk, start:stop]] = bound
+    old = known[samples]
+    # a comparison with NaN is false: a NaN of either bound survives
+    better = torch.where((old >= found) | torch.isnan(old), old, found)
+    return known.index_put((samples,), torch.where(wanted, better, old))
+
+
+def intermediate_boxes(graph: Graph, params: Params, box: Box, effort: Effort = FULL_EFFORT) -> dict[str, Box]:
+    """Boxes of all nodes but the output, by name, over the input box.
+
+    Nodes are boxed in order, each from the tightened boxes before it. Where a ReLU or max pooling reads a node whose
+    interval bounds are not exact, CROWN bounds its unstable neurons and the two are intersected.
+    """
+    boxes: dict[str, Box] = {}
+    mixing, readers = _mixing(graph), graph.consumers()
+    for node in graph.nodes[:-1]:
+        boxes[node.name] = box if node.op == "input" else interval.step(node, params, [boxes[i] for i in node.inputs])
+        kinds = {reader.op for reader in readers[node.name]}
+        late = effort.deadline is not None and time.perf_counter() >= effort.deadline
+        if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {"relu", "max_pool2d"} and not late:
+            looseness = _looseness(boxes[node.name], pooled="max_pool2d" in kinds)
+            boxes[node.name] = _tighten(
+                Relaxed.on(graph, params, boxes, node.name), boxes[node.name], looseness, effort
+            )
+    return boxes
+
+
+def _mixing(graph: Graph) -> dict[str, int]:
+    """How far a node's interval box is from exact. 0: neurons vary independently; 1: every end is attained; 2: neither.
+
+    One layer that mixes independent inputs has exact interval bounds; CROWN gains nothing there.
+    """
+    level: dict[str, int] = {}
+    for node in graph.nodes:
+        below = max((level[i] for i in node.inputs), default=0)
+        match node.op:
+            case "conv2d" | "linear" | "avg_pool2d" | "max_pool2d":
+                level[node.name] = 1 if below == 0 else 2
+            case "add":
+                level[node.name] = 2
+            case _:
+                level[node.name] = below
+    return level
+
+
+def _looseness(box: Box, pooled: bool) -> Tensor:
+    """What tighter bounds of a neuron are worth [N, F]: 0 for a stable ReLU; a max pooling wants them all narrow."""
+    lower, upper = box.lower.flatten(1), box.upper.flatten(1)
+    return upper - lower if pooled else torch.minimum(upper, -lower).clamp(min=0)
+
+
+def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> Box:
+    """The box of the relaxed network's last node, intersected with CROWN's bounds of the neurons of looseness > 0.
+
+    Where the intersection is empty, which only rounding can cause, and where CROWN's bound is NaN, the neuron keeps
+    its interval bounds.
+    """
+    lower, upper = box.lower.flatten(1), box.upper.flatten(1)
+    order = looseness.argsort(dim=1, descending=True, stable=True)
+    counts = (looseness > 0).sum(1).clamp(max=effort.rows)
+    shape = tuple(box.center.shape[1:])
+
+    def both_signs(chunk: Tensor, start: int, stop: int) -> Rows:
+        return unit_rows(order[chunk, start:stop], shape, lower.dtype).with_negatives()
+
+    new_lower, new_upper = lower.clone(), upper.clone()
+    for chunk, start, stop, bound in relaxed.sweep(counts, both_signs, effort.memory):
+        place = chunk[:, None], order[chunk, start:stop]
+        # padding is left out, or a sample's bounds would depend on its neighbours in the batch
+        own = torch.arange(start, stop, device=counts.device) < counts[chunk, None]
+        low, high = bound[:, : stop - start], -bound[:, stop - start :]
+        new_lower[place] = torch.where(own & (low > lower[place]), low, lower[place])
+        new_upper[place] = torch.where(own & (high < upper[place]), high, upper[place])
+    empty = new_lower > new_upper
+    new_lower, new_upper = torch.where(empty, lower, new_lower), torch.where(empty, upper, new_upper)
+    return Box.between(new_lower.view_as(box.center), new_upper.view_as(box.center))
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxed:
+    """The network up to node ``last`` with every ReLU and max pooling replaced by linear bounds, for N input boxes."""
+
+    graph: Graph
+    params: Params
+    last: str
+    box: Box
+    shapes: Mapping[str, Shape]
+    relaxations: Mapping[str, Relaxation]
+
+    @staticmethod
+    def on(graph: Graph, params: Params, boxes: Mapping[str, Box], last: str) -> Relaxed:
+        """``boxes`` holds sound boxes of the input and of every node before ``last``."""
+        shapes = {name: tuple(b.center.shape[1:]) for name, b in boxes.items()}
+        found: dict[str, Relaxation] = {}
+        for node in graph.nodes:
+            if node.op in ("relu", "max_pool2d"):
+                found[node.name] = relax(node, boxes[node.inputs[0]])
+            if node.name == last:
+                break
+        return Relaxed(graph, params, last, boxes[graph.nodes[0].name], shapes, found)
+
+    def select(self, samples: Tensor) -> Relaxed:
+        """The same for some of the samples."""
+        box = Box(self.box.center[samples], self.box.radius[samples])
+        some = {name: relaxation.select(samples) for name, relaxation in self.relaxations.items()}
+        return Relaxed(self.graph, self.params, self.last, box, self.shapes, some)
+
+    def lower_bounds(self, rows: Rows) -> Tensor:
+        """Lower bounds [N, S] of linear forms over the last node's output."""
+        rows, bound = self.input_rows(rows)
+        return bound + rows.dot(self.box.center) - rows.absolute().dot(self.box.radius)
+
+    def input_rows(self, rows: Rows) -> tuple[Rows, Tensor]:
+        """Forms over the input and constants [N, S] that are below the given forms over the last node's output."""
+        pending = {self.last: rows}
+        bound = rows.coefficients.new_zeros(rows.coefficients.shape[:2])
+        for node in reversed(self.graph.nodes):
+            if node.name not in pending or node.op == "input":
+                continue
+            rows = pending.pop(node.name)
+            shape = self.shapes[node.inputs[0]]
+            if node.op == "add":
+                constant: Tensor | float = 0.0
+            elif node.name in self.relaxations:
+                rows, constant = self.relaxations[node.name].pull(rows, shape)
+            else:
+                rows, constant = pull_linear(node, self.params, rows, shape)
+            bound = bound + constant
+            for source in node.inputs:
+                target = self.shapes[source]
+                part = unbroadcast(rows, target) if node.op == "add" else rows
+                pending[source] = pending[source].plus(part, target) if source in pending else part
+        return pending[self.graph.nodes[0].name], bound
+
+    def sweep(
+        self, counts: Tensor, make: Callable[[Tensor, int, int], Rows], memory: int | None
+    ) -> Iterator[tuple[Tensor, int, int, Tensor]]:
+        """Bound the first ``counts[n]`` [N] forms of every sample, in chunks that fit.
+
+        Yields (samples [n], start, stop, lower bounds of ``make(samples, start, stop)``). Samples with fewer forms
+        than ``stop`` are padded with whatever ``make`` gives; their bounds are sound, too.
+        """
+        memory = memory or (CPU_BYTES if counts.device.type == "cpu" else DEVICE_BYTES)
+        largest = max(math.prod(shape) for shape in self.shapes.values()) * self.box.center.element_size()
+        rows = max(LEAST_ROWS, memory // largest)
+        most = int(counts.max()) if len(counts) else 0
+        width = min(most, rows)
+        by_count = counts.argsort(descending=True, stable=True)
+        for start in range(0, most, max(width, 1)):
+            active = by_count[counts[by_count] > start]
+            for chunk in torch.split(active, max(1, rows // width)):
+                stop = min(start + width, int(counts[chunk].max()))
+                yield chunk, start, stop, self.select(chunk).lower_bounds(make(chunk, start, stop))

@@ -1,0 +1,242 @@
+"""The command line: verbs, their options, and exit statuses. What a verb does is in ``cactus_ray.commands``.
+
+Exit status: 0 done, 1 a run or a check failed, 2 bad input or usage, 3 nothing satisfies the requirements, 130
+interrupted.
+Modules that import torch or Ray are imported by the verb that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from cactus_ray import __version__
+from cactus_ray.errors import UserError
+
+app = typer.Typer(
+    name="cactus-ray",
+    help="Search for compressed networks that are provably robust; pick one; certify its file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+SpaceFile = Annotated[
+    Path, typer.Argument(help="YAML search space, such as search_spaces/digits.yaml.", show_default=False)
+]
+Run = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/digits.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Fix a parameter or change a key, such as train.epochs=5; repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Import the Python code that model.factory names.")]
+Init = Annotated[
+    Path | None, typer.Option("--init", help="Start every training from this network file (.safetensors).")
+]
+Root = Annotated[Path | None, typer.Option(help="Folder of the data set, where it is not inside a package.")]
+Samples = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Use a fixed random subset of this many samples.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        out.print(f"cactus-ray {__version__}", highlight=False)
+        raise typer.Exit
+    del context
+
+
+def _overrides(pairs: list[str] | None, **options: Any) -> dict[str, str]:
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set: got {pair!r}; expected KEY=VALUE, such as train.epochs=5")
+        found[key.strip()] = value
+    return found | {key: str(value) for key, value in options.items() if value is not None}
+
+
+@app.command()
+def search(
+    space: SpaceFile,
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the name in the space.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that holds runs.")] = Path("runs"),
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:6379 or ray://HOST:10001.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Folder for Ray's scratch files, shared by all nodes of a cluster.")
+    ] = None,
+    set_: Set = None,
+    init: Init = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Delete a run of this name first.")] = False,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study, or go on with it: trials, verdicts, the front, and a report that opens offline."""
+    from cactus_ray.commands.search import search as run_search
+    from cactus_ray.commands.search import settings, terminated_as_interrupt
+
+    overrides = _overrides(set_, **{"search.trials": trials, "search.seed": seed})
+    options = settings(
+        space, overrides, name=name, runs=runs, address=address, storage=storage, init=init,
+        from_scratch=from_scratch, trust_code=trust_code, progress=not as_json,
+    )  # fmt: skip
+    with terminated_as_interrupt():
+        records = run_search(*options)
+    _show_front(options[1].run, records, as_json)
+    if not records.points():
+        raise typer.Exit(1)
+
+
+def _show_front(run: Path, records: Any, as_json: bool) -> None:
+    from cactus_ray.report.terminal import print_front
+
+    print_front(out, run, records, as_json=as_json)
+
+
+@app.command()
+def status(run: Run, as_json: Json = False) -> None:
+    """Show how far a run is, also while it runs or after it died."""
+    from cactus_ray.report.terminal import print_status
+    from cactus_ray.search.store import read_records
+
+    print_status(out, run, read_records(run), as_json=as_json)
+
+
+@app.command()
+def report(run: Run, as_json: Json = False) -> None:
+    """Write the tables and report.html of a run again from its records, and show its front."""
+    from cactus_ray.commands.report import rebuild
+
+    records = rebuild(run)
+    _show_front(run, records, as_json)
+
+
+@app.command()
+def pick(
+    run: Run,
+    to: Annotated[Path, typer.Option("--out", help="Folder for model.onnx, certificate.json and card.md.")],
+    max_bytes: Annotated[str | None, typer.Option(help="Largest file, such as 40k (k = 1,000 bytes).")] = None,
+    min_certified: Annotated[str | None, typer.Option(help="Least certified accuracy, such as 0.8 or 80%.")] = None,
+    min_accuracy: Annotated[str | None, typer.Option(help="Least standard accuracy.")] = None,
+    prefer: Annotated[
+        str, typer.Option(help="What to prefer among those that fit: certified, accuracy or bytes.")
+    ] = "certified",
+    trial: Annotated[str | None, typer.Option(help="Only this trial, such as t0007.")] = None,
+    level: Annotated[str | None, typer.Option(help="Only this level, such as int8.")] = None,
+    samples: Samples = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a network on the selection split, write its file, and certify that file on the test split."""
+    from cactus_ray.commands.pick import pick as run_pick
+    from cactus_ray.deploy.requirements import Requirements
+
+    requirements = Requirements.parse(
+        max_bytes=max_bytes, min_certified=min_certified, min_accuracy=min_accuracy, prefer=prefer,
+        trial=trial, level=level,
+    )  # fmt: skip
+    if not run_pick(out, run, to, requirements, samples=samples, root=root, as_json=as_json):
+        raise typer.Exit(3)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Folder of a pick.", show_default=False)],
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Verify a certificate again, from the files and the data alone."""
+    from cactus_ray.commands.pick import check as run_check
+
+    if not run_check(out, folder, root, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    space: SpaceFile,
+    to: Annotated[Path, typer.Option("--out", help="Network file to write (.safetensors).")] = Path(
+        "network.safetensors"
+    ),
+    set_: Set = None,
+    init: Init = None,
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+) -> None:
+    """Train one configuration, without a search and without Ray. Every parameter of the space needs a value (--set)."""
+    from cactus_ray.commands.single import train as run_train
+
+    run_train(out, space, _overrides(set_), to, init=init, trust_code=trust_code, as_json=as_json)
+
+
+@app.command()
+def verify(
+    network: Annotated[Path, typer.Argument(help="A network file (.safetensors) or an ONNX file.", show_default=False)],
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one it was trained on.")] = None,
+    root: Root = None,
+    split: Annotated[str, typer.Option(help="train, selection or test.")] = "test",
+    epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels of a network file, separated by commas.")] = None,
+    samples: Samples = None,
+    seconds_per_sample: Annotated[float, typer.Option(min=0, help="Time limit; 0: none beyond the cascade.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Certify a network: per radius and level, what is certified, falsified and unknown."""
+    from cactus_ray.commands.single import verify as run_verify
+
+    run_verify(
+        out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
+        seconds_per_sample=seconds_per_sample, as_json=as_json,
+    )  # fmt: skip
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; user errors become one line, faults keep their traceback."""
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except UserError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted; what is finished is kept", style="yellow")
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _fail(error: UserError) -> int:
+    code = getattr(error, "exit_status", 2)
+    if "--json" in sys.argv:
+        out.print(json.dumps({"error": str(error), "status": code}), highlight=False, soft_wrap=True, markup=False)
+    err.print(
+        f"error: {error}", style="red" if err.is_terminal else None, highlight=False, markup=False, soft_wrap=True
+    )
+    return int(code)
+
+
+def main() -> None:
+    """Entry point of ``cactus-ray``."""
+    # As `python -m` does: model.factory names modules of the folder that the user works in (Ray passes this path on).
+    sys.path.insert(0, str(Path.cwd()))
+    sys.exit(run())

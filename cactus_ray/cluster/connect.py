@@ -1,0 +1,64 @@
+"""Starting a Ray of our own, or joining one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+
+import ray
+
+from cactus_ray.errors import UserError
+
+# Faster starts, cooperative ends and a quiet terminal.
+NAMESPACE = "cactus_ray"
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextlib.contextmanager
+def connected(
+    address: str | None, *, needs_dashboard: bool = False, cpus: int | None = None
+) -> Iterator[Mapping[str, float]]:
+    """A Ray for the time of the block: the one at ``address``, or a local one that ends with the block.
+
+    Yields the cluster's resources. Raises UserError where nothing answers at ``address``. ``needs_dashboard``: Ray
+    Train's clean-up of placement groups asks the State API, which lives in the dashboard.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
+        if address is None:
+            # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
+            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=needs_dashboard,
+                     log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
+        else:
+            _join(address)
+    try:
+        yield dict(ray.cluster_resources())
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
+                 runtime_env={"env_vars": dict(ENVIRONMENT)})  # fmt: skip
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto, HOST:6379 or "
+            f"ray://HOST:10001 ({error})"
+        ) from error

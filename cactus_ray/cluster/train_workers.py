@@ -1,0 +1,189 @@
+"""One trial: the training loop, in the trial's own actor or in Ray Train workers. One loop, two ways to run it."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from cactus_ray.config import RunConfig, parse
+from cactus_ray.data import load
+from cactus_ray.errors import UserError
+from cactus_ray.models.network import pack, unpack
+from cactus_ray.training.loop import EpochReport, NonFiniteLossError, TrainResult, train
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """What all trials of a study share. ``init``: bytes of a network to start from."""
+
+    study: str
+    execution: str
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    threads: int
+    storage: str
+    trust_code: bool
+    init: bytes | None = None
+
+
+class TorchWorkers:
+    """The workers of a torch.distributed process group (gloo on CPU, NCCL on GPU), as the training loop sees them."""
+
+    def __init__(self) -> None:
+        self.rank = torch.distributed.get_rank()
+        self.size = torch.distributed.get_world_size()
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its mean over the workers, in one collective."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= self.size
+        offset = 0
+        for tensor in tensors:
+            tensor.detach().copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+            offset += tensor.numel()
+
+
+def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str, Any]:
+    """A Ray Tune trainable: trains ``config["run"]`` and mails epochs, the network or the failure to the driver.
+
+    A failure is mailed with its step and ends the trial normally: what a trial came to is decided by our records, and
+    Ray would only add a traceback to the terminal.
+    """
+    import ray
+
+    trial = str(config["trial"])
+    try:
+        if job.execution == "train":
+            _train_with_ray_train(trial, config["run"], job, mailbox)
+        else:
+            _train_direct(trial, config["run"], job, mailbox)
+    except Exception as error:  # whatever ends a trial must reach the records, with its name
+        step = error.step if isinstance(error, NonFiniteLossError) else None
+        ray.get(mailbox.put.remote(("failed", trial, {"error": describe(error), "step": step})))
+        return {"outcome": "failed"}
+    return {"outcome": "trained"}
+
+
+def describe(error: BaseException) -> str:
+    """One line for the records: the message of an expected error, type and innermost line of any other."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UserError | NonFiniteLossError):
+        return str(cause)
+    frames = traceback.extract_tb(cause.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(cause).__name__}: {cause}{place}"
+
+
+def _train_direct(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
+    from ray import tune
+
+    torch.set_num_threads(job.threads)
+    device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+
+    def report(epoch: EpochReport) -> bool:
+        mailbox.put.remote(("epoch", trial, _epoch_message(epoch)))
+        tune.report(dict(epoch.metrics))
+        return True
+
+    result = _run_loop(run, job, report=report, device=device)
+    _mail_result(trial, result, mailbox)
+
+
+def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult:
+    config = parse(RunConfig, run)
+    init = unpack(job.init, "the initial network") if job.init is not None else None
+    data = load(config.data, ("train", "selection"))
+    return train(config, data, init=init, trust_code=job.trust_code, **options)
+
+
+def _epoch_message(epoch: EpochReport) -> dict[str, Any]:
+    return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": dict(epoch.metrics)}
+
+
+def _mail_result(trial: str, result: TrainResult, mailbox: Any) -> None:
+    import ray
+
+    content = {"network": pack(result.network), "epochs": result.epochs, "seconds": result.seconds}
+    ray.get(mailbox.put.remote(("trained", trial, content)))
+
+
+# --- Ray Train -----------------------------------------------------------------------------------------------------
+
+
+def _train_with_ray_train(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    on_gpu = job.gpus_per_worker > 0
+    resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(job.gpus_per_worker)} if on_gpu else {})
+    TorchTrainer(
+        _worker,
+        train_loop_config={"trial": trial, "run": run, "job": job, "mailbox": mailbox},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=300),
+        scaling_config=ray.train.ScalingConfig(num_workers=job.workers, use_gpu=on_gpu, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name=f"{job.study}-{trial}",  # a stable name: a worker that died goes on from its last checkpoint
+            storage_path=job.storage,
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[TuneReportCallback()],
+        ),
+    ).fit()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """The loop in one Ray Train worker. Rank 0 mails; all ranks report, because reporting is a barrier."""
+    import ray.train
+    import ray.train.torch
+
+    job: TrainJob = config["job"]
+    torch.set_num_threads(job.threads)
+    workers = TorchWorkers()
+
+    def report(epoch: EpochReport) -> bool:
+        if workers.rank > 0:
+            ray.train.report(dict(epoch.metrics))
+            return True
+        config["mailbox"].put.remote(("epoch", config["trial"], _epoch_message(epoch)))
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, STATE_FILE).write_bytes(epoch.save())
+            ray.train.report(dict(epoch.metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        return True
+
+    result = _run_loop(
+        config["run"],
+        job,
+        report=report,
+        device=str(ray.train.torch.get_device()),
+        workers=workers,
+        state=_saved_state(),
+    )
+    if workers.rank == 0:
+        _mail_result(config["trial"], result, config["mailbox"])
+
+
+def _saved_state() -> bytes | None:
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return Path(folder, STATE_FILE).read_bytes()

@@ -1,0 +1,196 @@
+"""``cactus-ray search``: a space in, a run's folder out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cactus_ray.cluster.driver import DriverOptions, run_study
+from cactus_ray.config import RunConfig
+from cactus_ray.data import DataSet, load, subset
+from cactus_ray.errors import UserError
+from cactus_ray.models import create
+from cactus_ray.models.network import Network, pack
+from cactus_ray.models.network import load as load_network
+from cactus_ray.report.page import write_page
+from cactus_ray.report.terminal import StudyProgress
+from cactus_ray.report.tracking_actor import tracking
+from cactus_ray.search.evaluate import at_level
+from cactus_ray.search.space import NAME, Space, load_space, parse_space
+from cactus_ray.search.store import Records, RunStore, read_records, write_tables
+from cactus_ray.search.study import Event, Study
+
+LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
+WORST_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """Where and how a search runs; what it searches is the space."""
+
+    run: Path
+    from_scratch: bool = False
+    progress: bool = True
+    driver: DriverOptions = field(default_factory=DriverOptions)
+
+
+def search(space: Space, options: SearchOptions) -> Records:
+    """Run or continue the study in ``options.run`` and write its tables and its page.
+
+    Raises UserError for bad input; KeyboardInterrupt and SoundnessError pass through after the records are closed.
+    """
+    data = load(space.data, ("train", "selection"))
+    example = example_configuration(space)
+    # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
+    untrained = create(example, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
+    store = _open(space, options)
+    with store.lock():
+        records = read_records(store.path) if store.file.exists() else Records()
+        count = None if space.samples == "selection" else int(space.samples)
+        samples = subset(len(data.labels["selection"]), count).tolist()
+        with StudyProgress(space, records, enabled=options.progress) as progress:
+            study = Study(space, store, records, samples, [progress.event, _tables(space, store)])
+            if not records.study:
+                study.begin(describe(space, data), reference_point(space, untrained))
+            try:
+                if not study.done:
+                    run_study(study, options.driver, lambda: tracking(space, store.path))
+            finally:  # also for what a study that was interrupted or failed has finished
+                records = read_records(store.path)
+                write_tables(store.path, records, space.front)
+                write_page(store.path)
+        return records
+
+
+def example_configuration(space: Space) -> RunConfig:
+    """A configuration of the space, with the largest model that it allows."""
+    ends = {p.name: p.domain.ends() for p in space.parameters}
+    return space.configuration({name: e[-1] if name.startswith("model.") else e[0] for name, e in ends.items()}, 1)
+
+
+def anchored(space: Space) -> Space:
+    """The space with an absolute ``data.root``: workers run in other folders."""
+    root = space.base["data"].get("root")
+    if root is None:
+        return space
+    data = {**space.base["data"], "root": str(Path(root).expanduser().resolve())}
+    return replace(space, base={**space.base, "data": data})
+
+
+def settings(
+    space_file: Path, overrides: Mapping[str, str], *, name: str | None, runs: Path, address: str | None,
+    storage: str | None, init: Path | None, from_scratch: bool, trust_code: bool, progress: bool,
+) -> tuple[Space, SearchOptions]:  # fmt: skip
+    """The space and the options that the command line describes. Raises UserError for bad input."""
+    space = anchored(load_space(space_file, overrides))
+    if name is not None and not re.fullmatch(NAME, name):
+        raise UserError(f"--name: got {name!r}; expected letters, digits, '.', '_' and '-'")
+    start = pack(load_network(init)) if init is not None else None
+    driver = DriverOptions(address=address, storage=storage, trust_code=trust_code, init=start)
+    run = runs / (name or space.name)
+    return space, SearchOptions(run=run, from_scratch=from_scratch, progress=progress, driver=driver)
+
+
+def _tables(space: Space, store: RunStore) -> Any:
+    def listener(event: Event) -> None:
+        if event["event"] == "completed":
+            write_tables(store.path, read_records(store.path), space.front)
+
+    return listener
+
+
+def _open(space: Space, options: SearchOptions) -> RunStore:
+    """The run's folder: new, or the one of an earlier driver if it asked for the same."""
+    run = options.run
+    if options.from_scratch and run.exists():
+        if not (run / "trials.jsonl").exists() and any(run.iterdir()):
+            raise UserError(
+                f"--from-scratch: {run} holds no trials.jsonl, so it is not a run of ours; nothing was deleted"
+            )
+        with RunStore(run).lock():
+            pass  # refuse while another driver works in it
+        shutil.rmtree(run)
+    store = RunStore(run)
+    written = run / "space.yaml"
+    if written.exists():
+        before = parse_space(yaml.safe_load(written.read_text()), str(written)).to_dict()
+        if difference := _difference(before, space.to_dict()):
+            raise UserError(
+                f"{run}: made with another space ({difference}); choose another --name, or --from-scratch to delete it"
+            )
+    written.write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+    return store
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
+    """The first key that differs; the number of trials may grow, and where data lie or work runs may change."""
+    for key in sorted({*before, *now}):
+        place = f"{path}{key}"
+        if place in ("search.trials", "data.root", "wandb", "resources"):
+            continue
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if found := _difference(old, new, f"{place}."):
+                return found
+        elif old != new:
+            return f"{place}: {old!r} there, {new!r} now"
+    return None
+
+
+def describe(space: Space, data: DataSet) -> dict[str, Any]:
+    """What a study is, for its first event: name, seed, digests, versions, commit."""
+    versions = {"cactus_ray": importlib.metadata.version("cactus-ray")}
+    versions |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {
+        "name": space.name, "seed": space.search.seed, "digests": dict(data.digests), "versions": versions,
+        "commit": commit(),
+    }  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit of the source tree that this package runs from, or None outside one."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return found.stdout.strip()
+    return None
+
+
+def reference_point(space: Space, untrained: Network) -> dict[str, float]:
+    """The point that is worse than any that counts, one value per column of the front.
+
+    Accuracies and counts: 0. Sizes: 1.1 times the dense network of the space's largest model. Seconds: a day.
+    """
+    dense = at_level(untrained, "dense", space.data, space.threat.domain).measures
+    worst = {name: 1.1 * value for name, value in dense.items()}
+    return {name: 0.0 if goal == "maximize" else worst.get(name, WORST_SECONDS) for name, goal in space.front.items()}
+
+
+@contextlib.contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a search as Ctrl-C does: what is finished is kept."""
+    import signal
+
+    def handler(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

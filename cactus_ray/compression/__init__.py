@@ -1,0 +1,1 @@
+"""Levels of compression: masks, integers, and the network that would be deployed."""

@@ -1,0 +1,126 @@
+"""The grammar of a level: how a network is compressed.
+
+``dense``, or up to three steps in this order, joined by ``+``: ``prune:FAMILY:SPARSITY``, ``rebn``, and one of the
+number formats in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+
+from cactus_ray.config import PRUNE_FAMILIES
+from cactus_ray.errors import ConfigError
+
+INTEGER_BITS = {"int8": 8, "int6": 6, "int4": 4, "int3": 3, "ternary": 2}
+FORMATS = ("fp16", "bf16", *INTEGER_BITS)
+
+_NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level. ``str(level)`` is its canonical text, which ``parse_level`` reads back to an equal level."""
+
+    prune_family: str | None = None
+    sparsity: float | None = None
+    rebn: bool = False
+    quantise: str | None = None
+
+    def __str__(self) -> str:
+        steps = []
+        if self.prune_family is not None and self.sparsity is not None:
+            steps.append(f"prune:{self.prune_family}:{_shortest(self.sparsity)}")
+        if self.rebn:
+            steps.append("rebn")
+        if self.quantise is not None:
+            steps.append(self.quantise)
+        return "+".join(steps) or "dense"
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of an integer code, or None where weights are stored as floating point."""
+        return INTEGER_BITS.get(self.quantise or "")
+
+    @property
+    def structured(self) -> bool:
+        """Whether whole channels are removed."""
+        return self.prune_family is not None and self.prune_family[1] == "s"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether materialising needs calibration images."""
+        return self.rebn or (self.prune_family is not None and self.prune_family.endswith("-grad"))
+
+
+def parse_level(text: object, path: str = "level") -> Level:
+    """The level that ``text`` writes.
+
+    Raises ConfigError (with ``path``, the text and what would be right) for an unknown step, a wrong order, a step
+    given twice, and a sparsity outside [0, 1).
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(path, text, "text like 'dense', 'int8' or 'prune:gu-l1:0.7+rebn+int8'")
+    steps = [step.strip() for step in text.split("+")]
+    if steps == ["dense"]:
+        return Level()
+    ranks = [_rank(step, text, path) for step in steps]
+    if ranks != sorted(set(ranks)):
+        raise ConfigError(
+            path, text, "at most one each of prune:FAMILY:SPARSITY, rebn and a number format, in this order"
+        )
+    family, sparsity, quantise = None, None, None
+    for rank, step in zip(ranks, steps, strict=True):
+        if rank == 0:
+            family, sparsity = _prune(step, text, path)
+        elif rank == 2:
+            quantise = step
+    return Level(family, sparsity, 1 in ranks, quantise)
+
+
+def parse_levels(texts: Iterable[object], path: str = "levels") -> tuple[Level, ...]:
+    """Distinct levels in the given order. Raises ConfigError for a bad or repeated one, or none at all."""
+    found: list[Level] = []
+    for i, text in enumerate(texts):
+        level = parse_level(text, f"{path}[{i}]")
+        if level in found:
+            raise ConfigError(
+                f"{path}[{i}]", text, f"a level not yet listed ({level} stands at [{found.index(level)}])"
+            )
+        found.append(level)
+    if not found:
+        raise ConfigError(path, [], "at least one level, for example 'dense'")
+    return tuple(found)
+
+
+def _rank(step: str, text: str, path: str) -> int:
+    if step == "prune" or step.startswith("prune:"):
+        return 0
+    if step == "rebn":
+        return 1
+    if step in FORMATS:
+        return 2
+    if step == "dense":
+        raise ConfigError(path, text, "'dense' to stand alone")
+    steps = f"dense, prune:FAMILY:SPARSITY, rebn, {', '.join(FORMATS)}"
+    raise ConfigError(path, text, f"steps out of {steps}, joined by '+'; {step!r} is none of them")
+
+
+def _prune(step: str, text: str, path: str) -> tuple[str, float]:
+    parts = step.split(":")
+    if len(parts) != 3:
+        raise ConfigError(path, text, "pruning as prune:FAMILY:SPARSITY, for example prune:gu-l1:0.7")
+    _, family, number = parts
+    if family not in PRUNE_FAMILIES:
+        raise ConfigError(path, text, f"a pruning family out of {', '.join(PRUNE_FAMILIES)}; got {family!r}")
+    if not _NUMBER.fullmatch(number) or not float(number) < 1.0:
+        raise ConfigError(path, text, f"a sparsity of at least 0 and below 1; got {number!r}")
+    return family, float(number)
+
+
+def _shortest(value: float) -> str:
+    """Shortest decimal text that reads back as the same float, never in scientific notation: 0.5, 0, 0.00001."""
+    text = format(Decimal(repr(value)), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,130 @@
+"""From a trained network to the one that a level would deploy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Node, Params
+from cactus_ray.compression import calibration as calibrate
+from cactus_ray.compression import prune
+from cactus_ray.compression.channels import channel_groups, is_depthwise
+from cactus_ray.compression.levels import Level
+from cactus_ray.compression.quantize import dequantize, quantize
+from cactus_ray.errors import UserError
+from cactus_ray.models.fold import fold_batch_norm
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as the file holds it.
+
+    kind: "float32", "float16", "bfloat16" (``values`` of that dtype) or "integer" (``values`` int8 codes of ``bits``
+    bits, ``scale`` float32 [out]; the tensor is ``float32(code) * scale``).
+    """
+
+    kind: str
+    values: Tensor
+    scale: Tensor | None = None
+    bits: int | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """The float32 tensor that onnxruntime computes with, bit for bit."""
+        return self.values.float() if self.scale is None else dequantize(self.values, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """A network at one level: no batch norm, removed channels gone, tensors as stored."""
+
+    level: Level
+    graph: Graph
+    stored: dict[str, Stored]
+
+    @property
+    def params(self) -> Params:
+        """Float32 tensors exactly as onnxruntime will compute them (made anew at every access)."""
+        return {name: stored.tensor for name, stored in self.stored.items()}
+
+
+def materialize(
+    graph: Graph, params: Params, level: Level, calibration: tuple[Tensor, Tensor] | None = None
+) -> Compressed:
+    """The network that would be deployed at ``level``: prune, recalibrate, fold batch norm, round; in this order.
+
+    ``calibration`` = (images, labels) of the training split, needed by ``rebn`` and the ``grad`` families. Structured
+    pruning removes the channels. Deterministic; CPU; ``params`` are not changed.
+    Raises UserError for weights that are not finite or overflow in the level's format, UnsupportedGraphError for a
+    grouped convolution under structured pruning, ValueError where calibration images are missing.
+    """
+    params = {k: v.detach().to("cpu", torch.float32) for k, v in params.items()}
+    for name, tensor in params.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"tensor {name!r} holds NaN or infinity; a network must have finite weights")
+    if level.needs_calibration and calibration is None:
+        raise ValueError(f"level {level} needs calibration images")
+    if level.prune_family is not None and level.sparsity is not None:
+        grads = None
+        if level.prune_family.endswith("grad") and calibration is not None:
+            grads = calibrate.gradients(graph, params, *calibration)
+        masks = prune.masks(graph, params, level.prune_family, level.sparsity, grads)
+        params = prune.apply_masks(params, masks)
+        if level.structured:
+            graph, params = remove_channels(graph, params, masks)
+    if level.rebn and calibration is not None:
+        params = calibrate.recalibrate(graph, params, calibration[0])
+    graph, params = fold_batch_norm(graph, params)
+    weights = {f"{n.name}.weight" for n in graph.weighted()}
+    # Adding 0 turns -0 into +0: the sparse encodings of a file have one zero only.
+    return Compressed(level, graph, {k: _store(k, v + 0.0, level, k in weights) for k, v in params.items()})
+
+
+def remove_channels(graph: Graph, params: Params, masks: Params) -> tuple[Graph, Params]:
+    """The smaller network without the channels that structured ``masks`` zero; any dtype.
+
+    Computes what the masked network computes up to the order of summation: rows of the producers, entries of batch
+    norms and columns of the consumers (``H*W`` contiguous ones per channel after flatten) are cut out.
+    """
+    found = dict(params)
+    for group in channel_groups(graph, params):
+        keep = prune.kept_channels(masks, group)
+        for name in group.producers:
+            _cut(found, f"{name}.weight", 0, keep)
+            _cut(found, f"{name}.bias", 0, keep)
+        for name in group.affine:
+            for suffix in ("weight", "bias", "running_mean", "running_var", "scale", "shift"):
+                _cut(found, f"{name}.{suffix}", 0, keep)
+        for name in group.consumers:
+            _cut(found, f"{name}.weight", 1, keep)
+
+    def resized(node: Node) -> Node:
+        if not is_depthwise(node, params):
+            return node
+        return replace(node, attributes={**node.attributes, "groups": found[f"{node.name}.weight"].shape[0]})
+
+    return Graph(tuple(resized(n) for n in graph.nodes), graph.input_shape), found
+
+
+def _cut(params: Params, name: str, dim: int, keep: Tensor) -> None:
+    if name in params:
+        columns = keep.repeat_interleave(params[name].shape[dim] // keep.numel())
+        params[name] = params[name].index_select(dim, columns.nonzero().flatten())
+
+
+def _store(name: str, tensor: Tensor, level: Level, is_weight: bool) -> Stored:
+    if level.quantise in ("fp16", "bf16"):
+        kind = "float16" if level.quantise == "fp16" else "bfloat16"
+        values = tensor.to(getattr(torch, kind))
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(
+                f"level {level}: tensor {name!r} reaches {float(tensor.abs().max()):g}, beyond the largest {kind}"
+                f" ({torch.finfo(values.dtype).max:g}); expected smaller weights or another level"
+            )
+        return Stored(kind, values)
+    if level.bits is not None and is_weight:
+        codes, scale = quantize(tensor, level.bits)
+        return Stored("integer", codes, scale, level.bits)
+    return Stored("float32", tensor)

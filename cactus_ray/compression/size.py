@@ -1,0 +1,45 @@
+"""Sizes by counting: an idealised number of bits, and multiply-accumulates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.compression.materialize import Compressed, Stored
+
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+def ideal_bits(compressed: Compressed) -> int:
+    """Bits of all tensors by this rule, without any file format around them.
+
+    A tensor of n values of b bits (32, 16, or those of its integer code) costs the least of: ``n * b``; ``nz * b + n``
+    (the nz nonzero values and a bit mask); ``nz * (b + g)`` (the nonzero values and their distances, each in the
+    ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer tensor adds 32 bits per scale.
+    """
+    return sum(_tensor_bits(stored) for stored in compressed.stored.values())
+
+
+def _tensor_bits(stored: Stored) -> int:
+    bits = stored.bits if stored.bits is not None else BITS[stored.kind]
+    n = stored.values.numel()
+    positions = stored.values.flatten().nonzero().flatten()
+    nonzero = positions.numel()
+    gap_bits = 0
+    if nonzero:
+        largest = int(torch.diff(positions, prepend=torch.tensor([-1])).max())
+        gap_bits = math.ceil(math.log2(largest + 1))
+    scales = 0 if stored.scale is None else 32 * stored.scale.numel()
+    return min(n * bits, nonzero * bits + n, nonzero * (bits + gap_bits)) + scales
+
+
+def macs(graph: Graph, params: Params) -> int:
+    """Multiply-accumulates of convolutions and linear layers for one sample, zeros included."""
+    shapes = graph.shapes(params)
+    total = 0
+    for node in graph.weighted():
+        weight = params[f"{node.name}.weight"]
+        total += weight.numel() * (math.prod(shapes[node.name][1:]) if node.op == "conv2d" else 1)
+    return total

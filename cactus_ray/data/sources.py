@@ -1,0 +1,69 @@
+"""Where images come from. A source is one function and one entry in ``SOURCES``.
+
+Every source is called with (root, image_size, split) and gives (images float32 [N, C, H, W] in [0, 1], labels int64
+[N], class names). It reads no file of a split that was not asked for, and raises UserError for what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cactus_ray.data.image_folder import image_folder
+from cactus_ray.data.splits import hold_out, stratified
+from cactus_ray.errors import ConfigError, UserError
+
+Samples = tuple[Tensor, Tensor, tuple[str, ...]]
+TEN_DIGITS = tuple(str(d) for d in range(10))
+MNIST_SELECTION = 5_000
+
+
+def digits(root: str | None, image_size: int | None, split: str) -> Samples:
+    """The 1,797 digits of scikit-learn, [1, 8, 8]: 20 % test, 16 % selection, the rest train, class by class."""
+    from sklearn.datasets import load_digits
+
+    _fixed_size("digits", image_size)
+    bunch = load_digits()
+    labels = bunch.target.astype(np.int64)
+    test, selection, train = stratified(labels, (0.2, 0.16))
+    chosen = {"train": train, "selection": selection, "test": test}[split]
+    images = torch.from_numpy(bunch.images[chosen]).float().div_(16)[:, None]
+    return images, torch.from_numpy(labels[chosen]), TEN_DIGITS
+
+
+def mnist(root: str | None, image_size: int | None, split: str) -> Samples:
+    """MNIST from ``root/MNIST/raw``, [1, 28, 28]: 5,000 of the 60,000 training images are the selection split."""
+    from torchvision import datasets
+
+    _fixed_size("mnist", image_size)
+    prefix = "t10k" if split == "test" else "train"
+    wanted = f"the folder that holds MNIST/raw/{prefix}-images-idx3-ubyte and {prefix}-labels-idx1-ubyte"
+    if root is None or not (Path(root) / "MNIST" / "raw").is_dir():
+        raise ConfigError("data.root", root, wanted)
+    try:
+        source = datasets.MNIST(root, train=split != "test", download=False)
+    # what torchvision raises for a file that is missing, cut off or not in its format
+    except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"data.root: {root}: MNIST cannot be read ({error}); expected {wanted}") from error
+    images, labels = source.data, source.targets
+    if split != "test":
+        train, selection = hold_out(len(labels), MNIST_SELECTION)
+        chosen = torch.from_numpy(train if split == "train" else selection)
+        images, labels = images[chosen], labels[chosen]
+    return images[:, None].float().div_(255), labels.long(), TEN_DIGITS
+
+
+def _fixed_size(name: str, image_size: int | None) -> None:
+    if image_size is not None:
+        raise ConfigError("data.image_size", image_size, f"nothing: the images of {name} have one size")
+
+
+SOURCES: dict[str, Callable[[str | None, int | None, str], Samples]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "image_folder": image_folder,
+}

@@ -1,0 +1,1 @@
+"""From a point of the front to files that can be deployed, with a certificate that anybody can check again."""

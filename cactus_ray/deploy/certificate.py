@@ -1,0 +1,180 @@
+"""Certifying a file: the weights are read back from it, every counterexample is replayed in onnxruntime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from cactus_ray import __version__
+from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.compression.size import macs
+from cactus_ray.config import DataConfig, ThreatConfig, to_dict
+from cactus_ray.data import DataSet, load, subset
+from cactus_ray.deploy.document import (
+    CLEAN,
+    REPLAY,
+    SCHEMA_VERSION,
+    DataSection,
+    Document,
+    Engine,
+    InputSection,
+    NetworkSection,
+    Parity,
+    Provenance,
+    Row,
+    Soundness,
+    Summary,
+    file_section,
+    summarise,
+    versions,
+)
+from cactus_ray.deploy.recheck import CheckReport, check
+from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
+from cactus_ray.errors import UserError
+from cactus_ray.interchange.read import read_onnx
+from cactus_ray.verification.cascade import verify
+from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
+
+__all__ = ["Certification", "CheckReport", "Progress", "certify_file", "check", "document", "parity"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how many are done, of how many)."""
+
+SCHEME = (
+    "a sample is FALSIFIED by an input that replays in onnxruntime (itself, or found by projected gradient descent); "
+    "CERTIFIED where interval or linear (CROWN) lower bounds of every margin, taken in float64 on the weights read "
+    "back from the file, are finite and positive; UNKNOWN otherwise"
+)
+ASSUMPTIONS = (
+    "the bounds hold in real arithmetic: the rounding of the float32 inference, and of the float64 bounds themselves, "
+    "is not charged",
+    "the weights are the float32 values that onnxruntime computes from the constants of the file, after dequantisation",
+    "the runtime evaluates the operators of the file as the ONNX standard defines them, up to rounding",
+    "inputs are float32, in the stated layout and domain; nothing outside of the stated ball is covered",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Certification:
+    """What was found about one file on one split.
+
+    ``graph`` and ``params`` are what was read from the file and certified; ``rows`` one verdict per sample.
+    """
+
+    file: bytes
+    graph: Graph
+    params: Params
+    metadata: Mapping[str, Any]
+    data: DataSection
+    class_names: tuple[str, ...]
+    threat: ThreatConfig
+    settings: VerificationSettings
+    parity: Parity
+    rows: tuple[Row, ...]
+    summary: Summary
+
+
+def certify_file(
+    file: bytes,
+    data: DataConfig,
+    split: str,
+    threat: ThreatConfig,
+    settings: VerificationSettings,
+    *,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> Certification:
+    """Verdicts for a fixed random subset of ``samples`` (None: all) of a split, on the weights read from an ONNX file.
+
+    FALSIFIED is only said where the counterexample replays in onnxruntime; where the file itself misclassifies the
+    sample, the sample is the counterexample. Raises UserError where the file or the data cannot be read or do not fit
+    each other, RunFailedError where our reading of the file answers differently from onnxruntime.
+    """
+    graph, params, metadata = read_onnx(file)
+    run = runner(file)
+    loaded = load(data, (split,))
+    all_images, all_labels = loaded.split(split)
+    _fits(graph, params, loaded)
+    chosen = subset(len(all_labels), samples)
+    images, labels, indices = all_images[chosen], all_labels[chosen], chosen.tolist()
+    logits = answers(run, images)
+    agreement = parity(graph, params, images, logits)
+    rows: list[Row] = []
+    for start in range(0, len(indices), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        found = verify(graph, params, images[part], labels[part], indices[part], threat, settings)
+        right = margins(logits[part], labels[part]) > 0
+        rows += [
+            _row(verdict, image, bool(ok), run, threat)
+            for verdict, image, ok in zip(found, images[part], right, strict=True)
+        ]
+        if progress is not None:
+            progress(f"certifying the {split} split", len(rows), len(indices))
+    section = DataSection(
+        name=data.name, split=split, digest=loaded.digests[split], total=len(all_labels), samples=len(indices),
+        indices=tuple(indices),
+    )  # fmt: skip
+    return Certification(
+        file, graph, params, metadata, section, loaded.class_names, threat, settings, agreement, tuple(rows),
+        summarise(rows),
+    )  # fmt: skip
+
+
+def document(
+    certification: Certification, model: str, level: str, provenance: Provenance, *,
+    name: str = "model.onnx", dense_bytes: int | None = None,
+) -> Document:  # fmt: skip
+    """The certificate of a certification. ``model`` and ``level`` name the network, ``provenance`` its origin."""
+    inputs = InputSection(name="image", layout="NCHW", shape=_shape(certification.graph), dtype="float32")
+    network = NetworkSection(
+        model=model, level=level, inputs=inputs, classes=certification.class_names,
+        macs=macs(certification.graph, certification.params), dense_bytes=dense_bytes,
+    )  # fmt: skip
+    return Document(
+        schema_version=SCHEMA_VERSION,
+        file=file_section(name, certification.file, certification.parity),
+        network=network,
+        data=certification.data,
+        threat=certification.threat,
+        soundness=Soundness(scheme=SCHEME, arithmetic="real", assumptions=ASSUMPTIONS),
+        engine=Engine(name="cactus-ray", version=__version__, settings=to_dict(certification.settings)),
+        versions=versions(),
+        summary=certification.summary,
+        verdicts=certification.rows,
+        provenance=provenance,
+    )
+
+
+def _shape(graph: Graph) -> tuple[int, int, int]:
+    channels, height, width = graph.input_shape
+    return channels, height, width
+
+
+def _fits(graph: Graph, params: Params, data: DataSet) -> None:
+    if tuple(graph.input_shape) != data.input_shape:
+        raise UserError(f"the network reads images {graph.input_shape}; {data.name} has {data.input_shape}")
+    classes = graph.shapes(params)[graph.output.name]
+    if classes != (data.classes,):
+        raise UserError(f"the network gives {classes} logits; {data.name} has {data.classes} classes")
+
+
+def _row(found: SampleVerdict, image: Tensor, right: bool, run: Logits, threat: ThreatConfig) -> Row:
+    """The verdict about the file: the cascade's, with FALSIFIED only where the file itself is wrong."""
+    bound = found.lower_bound
+    row = Row(
+        index=found.index, label=found.label, verdict=str(found.verdict),
+        lower_bound=bound if bound is not None and math.isfinite(bound) else None,
+        decided_by=found.decided_by, seconds=round(found.seconds, 6), counterexample=None,
+    )  # fmt: skip
+    if not right:
+        itself = tuple(image.flatten().tolist())
+        return replace(row, verdict=str(Verdict.FALSIFIED), decided_by=CLEAN, lower_bound=None, counterexample=itself)
+    if found.verdict != Verdict.FALSIFIED:
+        return row
+    if found.counterexample is None or objection(run, image, found.label, found.counterexample, threat) is not None:
+        return replace(row, verdict=str(Verdict.UNKNOWN), decided_by=REPLAY, lower_bound=None)
+    return replace(row, counterexample=found.counterexample)

@@ -1,0 +1,103 @@
+"""Whether a certificate agrees with itself. Needs neither its files nor the data; that is ``recheck``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cactus_ray.deploy.document import CLEAN, Document, Row, Summary, figures, measured, summarise
+from cactus_ray.deploy.requirements import unmet
+from cactus_ray.verification.verdict import Verdict
+
+
+def inconsistencies(document: Document) -> list[str]:
+    """What a certificate says against itself; empty where nothing. Needs neither files nor data."""
+    found = [problem for row in document.verdicts for problem in _row_problems(row, document)]
+    data, rows = document.data, document.verdicts
+    listed = [r.index for r in rows]
+    if repeated := sorted(i for i, count in Counter(listed).items() if count > 1):
+        found.append(f"verdicts: index {_list(repeated)} stands more than once")
+    if len(set(data.indices)) < len(data.indices):
+        found.append("data.indices: an index stands more than once")
+    if missing := sorted(set(data.indices) - set(listed)):
+        found.append(f"verdicts: index {_list(missing)} of data.indices has no verdict")
+    if extra := sorted(set(listed) - set(data.indices)):
+        found.append(f"verdicts: index {_list(extra)} is not in data.indices")
+    if outside := sorted(i for i in set(listed) | set(data.indices) if i >= data.total):
+        found.append(f"index {_list(outside)} is outside of the split of {data.total} samples")
+    for name, count in (("data.indices", len(data.indices)), ("verdicts", len(rows))):
+        if count != data.samples:
+            found.append(f"data.samples: {data.samples}, but {name} has {count}")
+    if not rows:
+        return [*found, "verdicts: none"]
+    found += _differences("summary", document.summary, summarise(rows))
+    found += _selection_problems(document.provenance.selection)
+    found += _requirement_problems(document)
+    low, high = document.threat.domain
+    if not low < high:
+        found.append(f"threat.domain: [{low}, {high}] is not increasing")
+    return found
+
+
+def _differences(place: str, stated: Summary, recomputed: Summary) -> list[str]:
+    plain = asdict(stated)
+    return [
+        f"{place}.{key}: {plain[key]}, but the verdicts give {value}"
+        for key, value in asdict(recomputed).items()
+        if not _same(plain[key], value)
+    ]
+
+
+def _selection_problems(stated: Summary | None) -> list[str]:
+    """Figures of the selection split whose verdicts are not here: at least they belong together."""
+    place = "provenance.selection"
+    if stated is None:
+        return []
+    if stated.n_certified + stated.n_falsified > stated.samples:
+        return [f"{place}: {stated.n_certified} certified and {stated.n_falsified} falsified of {stated.samples}"]
+    correct = round(stated.standard_accuracy * stated.samples)
+    return _differences(place, stated, figures(stated.samples, correct, stated.n_certified, stated.n_falsified))
+
+
+def _requirement_problems(document: Document) -> list[str]:
+    stated, required = document.provenance.not_met, document.provenance.requirements
+    if required is None or sorted(stated or ()) == sorted(missed := unmet(measured(document), required)):
+        return []
+    return [f"provenance.not_met: {list(stated or ())}, but the figures miss {missed}"]
+
+
+def _row_problems(row: Row, document: Document) -> list[str]:
+    place, problems = f"verdicts: index {row.index}", []
+    if row.label >= len(document.network.classes):
+        problems.append(f"label {row.label} is no class")
+    if row.verdict == Verdict.CERTIFIED and (row.lower_bound is None or not row.lower_bound > 0):
+        problems.append(f"CERTIFIED with the lower bound {row.lower_bound}")
+    if row.verdict != Verdict.CERTIFIED and row.lower_bound is not None and row.lower_bound > 0:
+        problems.append(f"{row.verdict} with the lower bound {row.lower_bound}, which would be a proof")
+    if row.verdict == Verdict.FALSIFIED:
+        pixels = math.prod(document.network.inputs.shape)
+        if row.counterexample is None:
+            problems.append("FALSIFIED without a counterexample")
+        elif len(row.counterexample) != pixels:
+            problems.append(f"counterexample of {len(row.counterexample)} values; the input has {pixels}")
+    elif row.counterexample is not None:
+        problems.append(f"{row.verdict} with a counterexample")
+    if row.decided_by == CLEAN and row.verdict != Verdict.FALSIFIED:
+        problems.append(f"{row.verdict}, but decided by being misclassified")
+    return [f"{place}: {p}" for p in problems]
+
+
+def _same(stated: Any, value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(math.isclose(a, b, abs_tol=1e-9) for a, b in zip(stated, value, strict=True))
+    if isinstance(value, float):
+        return math.isclose(stated, value, abs_tol=1e-9)
+    return bool(stated == value)
+
+
+def _list(values: Sequence[int], show: int = 8) -> str:
+    more = f" and {len(values) - show} more" if len(values) > show else ""
+    return ", ".join(map(str, values[:show])) + more

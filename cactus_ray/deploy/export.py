@@ -1,0 +1,229 @@
+"""From a run to a folder that can be deployed: choose, write the file, certify that file, say how it went.
+
+The order matters: the choice is made on the selection split; then the test split is read once, for the chosen network
+alone, and that use is recorded beside the run. Whatever the test split says, no other network is tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cactus_ray.config import RunConfig, parse
+from cactus_ray.deploy import certificate as certify
+from cactus_ray.deploy import document as doc
+from cactus_ray.deploy.card import render
+from cactus_ray.deploy.pick import Choice, Point, choose
+from cactus_ray.deploy.requirements import COLUMNS, Requirements, option, show, unmet
+from cactus_ray.errors import RunFailedError, UserError
+from cactus_ray.models.network import Network, pack, unpack
+from cactus_ray.search.evaluate import LevelNetwork, at_level
+from cactus_ray.search.space import load_space
+from cactus_ray.search.store import TrialRecord, read_records
+from cactus_ray.verification.verdict import VerificationSettings
+
+FILES = ("model.onnx", "model.safetensors", "card.md", doc.NAME)
+"""What a folder of a pick holds, in the order in which it is written: without a certificate it is not complete."""
+USES = "test_split_uses.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class PickResult:
+    """What was chosen, what the test split says of it, and where the files are.
+
+    ``not_met``: requirements that the figures of the test split miss; the files are written all the same and say so.
+    """
+
+    choice: Choice
+    folder: Path
+    document: doc.Document
+    selection: doc.Summary
+    not_met: tuple[str, ...]
+
+    @property
+    def met(self) -> bool:
+        return not self.not_met
+
+    def lines(self) -> list[str]:
+        """What the user is told, one sentence each."""
+        found = self.choice.lines()
+        for split, summary in (("selection", self.selection), (self.document.data.split, self.document.summary)):
+            found.append(f"{split} split: {doc.sentence(summary)}")
+        figures = doc.measured(self.document)
+        limits = self.choice.requirements.limits()
+        found += [
+            f"not met on the {self.document.data.split} split: {option(key)} {show(key, limits[key])} "
+            f"(here {show(key, figures[COLUMNS[key]])})"
+            for key in self.not_met
+        ]
+        uses = self.document.provenance.test_split_uses
+        return [*found, f"use {uses} of the test split of this run", f"written to {self.folder}"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "choice": self.choice.to_json(), "folder": str(self.folder), "met": self.met, "not_met": list(self.not_met),
+            "selection": asdict(self.selection), self.document.data.split: asdict(self.document.summary),
+            "bytes": self.document.file.bytes, "sha256": self.document.file.sha256,
+            "test_split_uses": self.document.provenance.test_split_uses,
+        }  # fmt: skip
+
+
+def pick(
+    run: Path,
+    requirements: Requirements,
+    out: Path,
+    *,
+    samples: int | None = None,
+    settings: VerificationSettings | None = None,
+    root: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PickResult:
+    """Choose on the selection split, write the files of that one network, certify its file on the test split.
+
+    ``samples``: certify only a fixed random subset of the test split; ``settings``: default, those of the study;
+    ``root``: folder of the data set, default the study's. Raises NothingFits (and then neither reads the test split nor
+    writes anything) and UserError; a folder ``out`` that holds anything but an earlier pick is refused.
+    """
+    refuse_foreign(out)
+    records = read_records(run)
+    choice = choose(records.points(), requirements)
+    trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
+    config = parse(RunConfig, trial.config)
+    data = config.data if root is None else replace(config.data, root=root)
+    network = _checkpoint(run, trial)
+    deployed = at_level(network, level, data, config.threat.domain)
+    _same_size(deployed.file, choice.point)
+    dense = len(at_level(network, "dense", data, config.threat.domain).file)
+    if settings is None:
+        settings = load_space(run / "space.yaml").verification
+    uses = record_use(run, trial.id, level, deployed.file, samples)
+    found = certify.certify_file(
+        deployed.file, data, "test", config.threat, settings, samples=samples, progress=progress
+    )
+    _same_weights(deployed, found)
+    selection = selection_figures(choice.point)
+    provenance = doc.Provenance(
+        study=records.study.get("name"), trial=trial.id, config_hash=trial.config_hash,
+        commit=records.study.get("commit"), test_split_uses=uses,
+        selection=selection, requirements=requirements,
+    )  # fmt: skip
+    name = config.model.name or str(config.model.factory)
+    document = certify.document(found, name, level, provenance, dense_bytes=dense)
+    not_met = tuple(unmet(doc.measured(document), requirements))
+    document = replace(document, provenance=replace(provenance, not_met=not_met))
+    compressed = Network(found.graph, found.params, config, found.class_names, {"trial": trial.id, "level": level})
+    write_folder(
+        out,
+        {
+            "model.onnx": deployed.file, "model.safetensors": pack(compressed),
+            "card.md": render(document).encode(), doc.NAME: doc.to_json(document).encode(),
+        },
+    )  # fmt: skip
+    return PickResult(choice, out, document, selection, not_met)
+
+
+def selection_figures(point: Point) -> doc.Summary:
+    """The figures of a row of points.csv, with intervals."""
+    samples = int(point["samples"])
+    correct = round(point["standard_accuracy"] * samples)
+    return doc.figures(samples, correct, int(point["n_certified"]), int(point["n_falsified"]))
+
+
+def _checkpoint(run: Path, trial: TrialRecord) -> Network:
+    """The trained network of a trial, compared with the hash in the records."""
+    if not trial.checkpoint:
+        raise UserError(f"{run}: trial {trial.id} has no checkpoint; pick another with --trial")
+    path = run / trial.checkpoint
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: the checkpoint of the chosen trial cannot be read ({error.strerror}); only networks on the front "
+            f"are kept, so choose one of them with --trial and --level"
+        ) from error
+    stated = trial.sha256
+    if stated is not None and hashlib.sha256(content).hexdigest() != stated:
+        raise RunFailedError(f"{path}: is not the file that was recorded (SHA-256 {stated}); the run was changed")
+    return unpack(content, str(path))
+
+
+def _same_size(file: bytes, point: Point) -> None:
+    if len(file) != point["bytes"]:
+        raise RunFailedError(
+            f"model.onnx has {len(file)} bytes, but the run recorded {point['bytes']} for {point['trial']} at "
+            f"{point['level']}; expected the same: was the run written by another version?"
+        )
+
+
+def _same_weights(deployed: LevelNetwork, found: certify.Certification) -> None:
+    """Raise RunFailedError unless the file holds, bit for bit, the weights that the level was meant to have."""
+    ours, read = deployed.params, found.params
+    for meant, there in zip(deployed.graph.weighted(), found.graph.weighted(), strict=True):
+        for kind in ("weight", "bias"):
+            a, b = ours.get(f"{meant.name}.{kind}"), read.get(f"{there.name}.{kind}")
+            if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(a, b)):
+                raise RunFailedError(f"model.onnx: {kind} of layer {meant.name!r} is not what the level asked for")
+
+
+# --- the test split is read once per pick --------------------------------------------------------------------------
+
+
+def record_use(run: Path, trial: str, level: str, file: bytes, samples: int | None) -> int:
+    """Append a use of the test split to the run *before* the split is read; returns how many there are now.
+
+    Raises UserError where the run cannot be written to: an unrecorded use is not made.
+    """
+    entry = {
+        "time": time.time(), "verb": "pick", "trial": trial, "level": level, "samples": samples,
+        "sha256": hashlib.sha256(file).hexdigest(),
+    }  # fmt: skip
+    path = run / USES
+    try:
+        with path.open("a+b") as stream:
+            stream.write(json.dumps(entry).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.seek(0)
+            return sum(bool(line.strip()) for line in stream)
+    except OSError as error:
+        raise UserError(f"{path}: cannot record the use of the test split ({error.strerror})") from error
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises UserError where ``out`` is a file, or a folder that holds anything but files of an earlier pick."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; expected a new or empty folder, or one of an earlier pick")
+    known = {*FILES, *(f"{name}.part" for name in FILES)}
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
+    if foreign:
+        raise UserError(
+            f"--out {out}: holds {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}; expected a new or empty "
+            f"folder, or one of an earlier pick"
+        )
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a pick so that a crash never leaves a certificate beside files that it is not about.
+
+    The old certificate goes first, the new one comes last, and every file is replaced whole.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / doc.NAME).unlink(missing_ok=True)
+    for name in FILES:
+        partial = out / f"{name}.part"
+        with partial.open("wb") as stream:
+            stream.write(files[name])
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(out / name)

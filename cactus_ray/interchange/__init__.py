@@ -1,0 +1,1 @@
+"""The deployed file: written, read back and run with onnxruntime."""

@@ -1,0 +1,271 @@
+"""A compressed network as an ONNX file of plain operators (opset 21), whose size really shrinks with the level.
+
+Weights are stored in the cheapest of several encodings (``encode.choose``) and unpacked by ordinary operators that
+depend on constants only, so a runtime computes them once, while it loads the file. What onnxruntime computes is bit for
+bit ``Compressed.params``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from cactus_ray.bounds.graph import Node
+from cactus_ray.compression.materialize import Compressed, Stored
+from cactus_ray.errors import UnsupportedGraphError
+from cactus_ray.interchange import encode
+
+OPSET, IR_VERSION = 21, 10
+INPUT, OUTPUT = "image", "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What a user of the file must know beside the tensors."""
+
+    data_name: str
+    class_names: tuple[str, ...]
+    domain: tuple[float, float]
+
+
+def onnx_bytes(compressed: Compressed, info: FileInfo) -> bytes:
+    """The file: input "image" [N, C, H, W] float32 (N free), output "logits" [N, classes]. Deterministic.
+
+    Metadata (``cactus_ray.*``): level, data, class_names (JSON), input, domain (JSON), normalization. Raises
+    UnsupportedGraphError where ONNX's Gemm cannot express a linear layer (an input that is not flat).
+    """
+    builder = _Builder()
+    weights = {f"{n.name}.weight" for n in compressed.graph.weighted()}
+    builder.weights({k: s for k, s in compressed.stored.items() if k in weights})
+    for name, stored in compressed.stored.items():
+        if name not in weights:
+            builder.small(name, stored)
+    classes = _layers(builder, compressed)
+    graph = helper.make_graph(
+        builder.nodes,
+        "cactus_ray",
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["N", *compressed.graph.input_shape])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["N", classes])],
+        builder.initializers,
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="cactus_ray"
+    )
+    helper.set_model_props(model, _metadata(compressed, info))
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _metadata(compressed: Compressed, info: FileInfo) -> dict[str, str]:
+    first = compressed.graph.consumers()[compressed.graph.nodes[0].name]
+    normalised = len(first) == 1 and first[0].op == "scale_shift"
+    return {
+        "cactus_ray.level": str(compressed.level),
+        "cactus_ray.data": info.data_name,
+        "cactus_ray.class_names": json.dumps(list(info.class_names)),
+        "cactus_ray.input": "NCHW",
+        "cactus_ray.domain": json.dumps(list(info.domain)),
+        "cactus_ray.normalization": "inside" if normalised else "none",
+    }
+
+
+class _Builder:
+    """Collects nodes and initialisers; names of intermediate values are short because each is written twice."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.count = 0
+
+    def fresh(self) -> str:
+        self.count += 1
+        return f"_{np.base_repr(self.count, 36).lower()}"
+
+    def add(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
+        output = output or self.fresh()
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def initializer(self, raw: bytes, kind: int, shape: Sequence[int], name: str | None = None) -> str:
+        tensor = TensorProto(name=name or self.fresh(), data_type=kind, dims=shape, raw_data=raw)
+        self.initializers.append(tensor)
+        return str(tensor.name)
+
+    def constant(self, array: NDArray[Any]) -> str:
+        """A small constant, shared by all that need the same."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.shared:
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            self.shared[key] = self.initializer(array.tobytes(), kind, array.shape)
+        return self.shared[key]
+
+    # --- values ---
+
+    def floats(self, values: torch.Tensor, output: str | None = None) -> str:
+        """Float32 tensor of stored floating-point (or int8) values."""
+        if values.dtype == torch.float32:
+            return self.initializer(values.numpy().tobytes(), TensorProto.FLOAT, values.shape, output)
+        kind = {
+            torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16, torch.int8: TensorProto.INT8,
+        }[values.dtype]  # fmt: skip
+        raw = values.contiguous().view(torch.uint8).numpy().tobytes()
+        return self.add("Cast", [self.initializer(raw, kind, values.shape)], output, to=TensorProto.FLOAT)
+
+    def small(self, name: str, stored: Stored) -> None:
+        """A bias: half precision only where that saves more than the cast costs."""
+        values = stored.values if stored.values.numel() > 16 else stored.tensor
+        self.floats(values, name)
+
+    def bits(self, packed: NDArray[np.uint8]) -> str:
+        """[bytes, 8] uint8 of the bits, least significant first."""
+        source = self.initializer(packed.tobytes(), TensorProto.UINT8, [len(packed), 1])
+        shifted = self.add("BitShift", [source, self.constant(np.arange(8, dtype=np.uint8))], direction="RIGHT")
+        return self.add("BitwiseAnd", [shifted, self.constant(np.array(1, np.uint8))])
+
+    def integers(self, values: NDArray[Any], bits: int, *, signed: bool) -> str:
+        """[n', 1] float32 of small integers (two's complement where signed), n' >= n with zeros at the end."""
+        if bits == 8:
+            kind = TensorProto.INT8 if signed else TensorProto.UINT8
+            source = self.initializer(values.tobytes(), kind, [len(values), 1])
+            return self.add("Cast", [source], to=TensorProto.FLOAT)
+        padded = np.zeros(-(-len(values) // 8) * 8, np.uint8)
+        padded[: len(values)] = values.astype(np.uint8)
+        fields = self.bits(encode.pack_bits(padded, bits))
+        fields = self.add("Reshape", [fields, self.constant(np.array([-1, bits]))])
+        fields = self.add("Cast", [fields], to=TensorProto.FLOAT)
+        powers = 2.0 ** np.arange(bits)
+        powers[-1] *= -1.0 if signed else 1.0
+        return self.add("MatMul", [fields, self.constant(powers.astype(np.float32)[:, None])])
+
+    def values(self, stored: Stored, values: torch.Tensor) -> str:
+        """[n', 1] float32 of some of a tensor's stored values, in a row."""
+        if stored.bits is None:
+            return self.floats(values[:, None])
+        return self.integers(values.numpy(), stored.bits, signed=True)
+
+    # --- streams of weights ---
+
+    def weights(self, weights: dict[str, Stored]) -> None:
+        chosen = encode.choose(weights)
+        for encoding in encode.ENCODINGS:
+            members = {k: s for k, s in weights.items() if chosen[k] == encoding}
+            if not members:
+                continue
+            example = next(iter(members.values()))
+            if encoding == "dense" and encode.value_bits(example) in (8, 16, 32):
+                for name, stored in members.items():
+                    self.scaled(name, stored, self.floats(stored.values, self.raw_name(name, stored)))
+                continue
+            stream = torch.cat([s.values.flatten() for s in members.values()])
+            if encoding == "dense":
+                flat, length = self.values(example, stream), -(-len(stream) // 8) * 8
+            elif encoding == "mask":
+                flat, length = self.masked(example, stream), -(-len(stream) // 8) * 8
+            else:
+                flat, length = self.scattered(example, stream, int(encoding.removeprefix("gaps"))), len(stream)
+            self.split(members, flat, length)
+
+    def masked(self, stored: Stored, stream: torch.Tensor) -> str:
+        """Bit mask and nonzero values; the value in front of them is the zero that masked entries point at."""
+        present = (stream != 0).numpy()
+        bits = self.bits(np.packbits(present, bitorder="little"))
+        bits = self.add("Reshape", [bits, self.constant(np.array([-1]))])
+        bits = self.add("Cast", [bits], to=TensorProto.INT32)
+        index = self.add("CumSum", [bits, self.constant(np.array(0, np.int32))])
+        index = self.add("Mul", [index, bits])
+        nonzero = torch.cat([stream.new_zeros(1), stream[torch.from_numpy(present)]])
+        return self.add("Gather", [self.values(stored, nonzero), index])
+
+    def scattered(self, stored: Stored, stream: torch.Tensor, width: int) -> str:
+        """Distances between nonzero values, and the values; fillers add 0 to what lies at their place."""
+        positions = stream.nonzero().flatten()
+        unpacked = width != 8 or stored.bits not in (None, 8)
+        found = encode.gaps(positions.numpy(), width, 8 if unpacked else 1)
+        source = torch.from_numpy(found.source)
+        values = stream.new_zeros(len(source))
+        values[source >= 0] = stream[positions]
+        distances = self.integers(found.distances, width, signed=False)
+        index = self.add("Cast", [distances], to=TensorProto.INT32)
+        index = self.add("CumSum", [index, self.constant(np.array(0, np.int32))])
+        zeros = self.add("ConstantOfShape", [self.constant(np.array([len(stream), 1]))])
+        return self.add("ScatterElements", [zeros, index, self.values(stored, values)], reduction="add")
+
+    def split(self, members: dict[str, Stored], flat: str, length: int) -> None:
+        """Cuts a stream of ``length`` entries into its tensors."""
+        sizes = [s.values.numel() for s in members.values()]
+        parts = [flat]
+        if sizes != [length]:
+            parts = [self.fresh() for _ in sizes]
+            rest = length - sum(sizes)
+            outputs = parts + ([self.fresh()] if rest else [])
+            lengths = self.constant(np.array(sizes + ([rest] if rest else [])))
+            self.nodes.append(helper.make_node("Split", [flat, lengths], outputs))
+        for (name, stored), part in zip(members.items(), parts, strict=True):
+            shape = self.constant(np.array(stored.values.shape))
+            self.scaled(name, stored, self.add("Reshape", [part, shape], self.raw_name(name, stored)))
+
+    def raw_name(self, name: str, stored: Stored) -> str | None:
+        """Integers still need their scale, so their codes do not carry the tensor's name."""
+        return name if stored.scale is None else None
+
+    def scaled(self, name: str, stored: Stored, codes: str) -> None:
+        if stored.scale is not None:
+            columns = stored.scale.view(-1, *([1] * (stored.values.dim() - 1)))
+            scale = self.initializer(columns.numpy().tobytes(), TensorProto.FLOAT, columns.shape)
+            self.add("Mul", [codes, scale], name)
+
+
+def _layers(builder: _Builder, compressed: Compressed) -> int:
+    """The nodes that depend on the image. Returns the number of classes."""
+    graph = compressed.graph
+    shapes = graph.shapes(compressed.params)
+    value = {graph.nodes[0].name: INPUT}
+    for node in graph.nodes[1:]:
+        inputs = [value[name] for name in node.inputs]
+        output = value[node.name] = OUTPUT if node is graph.output else builder.fresh()
+        if node.op == "scale_shift":
+            channels = (-1, *([1] * (len(shapes[node.name]) - 1)))
+            for op, suffix, name, result in (("Mul", "scale", node.name, None), ("Add", "shift", None, output)):
+                shape = builder.constant(np.array(channels))
+                constant = builder.add("Reshape", [f"{node.name}.{suffix}", shape])
+                inputs = [builder.add(op, [*inputs, constant], result, name=name)]
+            continue
+        if node.op == "linear" and len(shapes[node.inputs[0]]) != 1:
+            raise UnsupportedGraphError(f"linear {node.name!r} reads {shapes[node.inputs[0]]}; expected flat features")
+        tensors = [k for k in (f"{node.name}.weight", f"{node.name}.bias") if k in compressed.stored]
+        op, attributes = _operator(node)
+        builder.add(op, [*inputs, *tensors], output, name=node.name, **attributes)
+    return shapes[graph.output.name][0]
+
+
+def _operator(node: Node) -> tuple[str, dict[str, Any]]:
+    """ONNX operator and attributes of one node; defaults are left out."""
+    match node.op:
+        case "conv2d":
+            attributes = {
+                "strides": node["stride"], "pads": (*node["padding"], *node["padding"]),
+                "dilations": node["dilation"], "group": node["groups"],
+            }  # fmt: skip
+            defaults = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1), "group": 1}
+            return "Conv", {k: v for k, v in attributes.items() if v != defaults[k]}
+        case "linear":
+            return "Gemm", {"transB": 1}
+        case "max_pool2d" | "avg_pool2d":
+            attributes = {
+                "kernel_shape": node["kernel"], "strides": node["stride"], "pads": (*node["padding"], *node["padding"]),
+            }  # fmt: skip
+            if node.op == "max_pool2d":
+                return "MaxPool", attributes
+            return "AveragePool", {**attributes, "count_include_pad": int(node["count_include_pad"])}
+        case "relu" | "flatten" | "add":
+            return node.op.capitalize(), {}
+    raise UnsupportedGraphError(f"operator {node.op!r} of node {node.name!r} cannot be written")

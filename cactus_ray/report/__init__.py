@@ -1,0 +1,1 @@
+"""What is shown of a study: its page, its tables and progress in the terminal, its copy in W&B."""

@@ -1,0 +1,199 @@
+"""A live view of a study in the terminal, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cactus_ray.report.figures import duration_text, size_text
+from cactus_ray.report.tables import parameters_text
+from cactus_ray.search.pareto import non_dominated
+from cactus_ray.search.space import Space
+from cactus_ray.search.store import Records
+
+LINE_SECONDS = 10.0
+_SHORT = {"loss": "loss", "standard_accuracy": "standard", "ibp_certified_accuracy": "IBP certified"}
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A trial that is under way."""
+
+    epoch: int = 0
+    epochs: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False
+    verified: int = 0
+    said: float = 0.0
+
+
+class StudyProgress:
+    """Shows trials, epochs, losses, verdicts, the best so far and the time left. Use as a context manager.
+
+    ``event`` takes the events of ``trials.jsonl`` and may be called from any thread. Trials that ended stay as lines;
+    on a terminal the state is redrawn below them, elsewhere epochs are lines too, at most one per trial in
+    ``LINE_SECONDS``. Writes to standard error. ``enabled=False`` shows nothing.
+    """
+
+    def __init__(self, space: Space, records: Records, *, enabled: bool = True, console: Console | None = None) -> None:
+        self.space, self.enabled = space, enabled
+        self.console = console or Console(stderr=True)
+        self.lock = threading.RLock()
+        self.ended = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
+        self.points = records.points()
+        self.front = self._front()
+        self.open: dict[str, _Trial] = {}
+        for trial in records.trials.values():
+            if trial.status == "trained":
+                verified = sum(len(rows) for rows in trial.verdicts.values())
+                self.open[trial.id] = _Trial(trained=True, verified=verified)
+        self.ended_before, self.begun = self.ended, time.monotonic()
+        live = enabled and self.console.is_terminal
+        self.live = (
+            Live(get_renderable=self._view, console=self.console, refresh_per_second=4, transient=True)
+            if live
+            else None
+        )
+
+    def __enter__(self) -> StudyProgress:
+        self.begun = time.monotonic()
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.stop()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take up one event."""
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if self.enabled and handler is not None:
+            with self.lock:
+                handler(event)
+
+    # --- events
+
+    def _on_study(self, event: Mapping[str, Any]) -> None:
+        space = self.space
+        self._say(f"study {space.name}: {space.search.trials} trials, {len(space.levels)} levels each")
+
+    def _on_started(self, event: Mapping[str, Any]) -> None:
+        self.open[event["trial"]] = _Trial()
+        if not self.live:
+            self._say(f"{event['trial']} started: {parameters_text(event['parameters'])}")
+
+    def _on_epoch(self, event: Mapping[str, Any]) -> None:
+        trial = self.open.setdefault(event["trial"], _Trial())
+        trial.epoch, trial.epochs, trial.metrics = event["epoch"], event["epochs"], dict(event["metrics"])
+        if not self.live and time.monotonic() - trial.said >= LINE_SECONDS:
+            trial.said = time.monotonic()
+            self._say(f"{event['trial']} epoch {trial.epoch}/{trial.epochs}: {_metrics(trial.metrics)}")
+
+    def _on_trained(self, event: Mapping[str, Any]) -> None:
+        self.open.setdefault(event["trial"], _Trial()).trained = True
+        if not self.live:
+            self._say(f"{event['trial']} trained in {duration_text(event['train_seconds'])}; verification begins")
+
+    def _on_verdicts(self, event: Mapping[str, Any]) -> None:
+        trial = self.open.setdefault(event["trial"], _Trial(trained=True))
+        trial.verified += len(event["samples"])
+
+    def _on_completed(self, event: Mapping[str, Any]) -> None:
+        self.points += [dict(point) for point in event["points"]]
+        self.front = self._front()
+        own = [p for p in self.front if p["trial"] == event["trial"]]
+        best = max(event["points"], key=lambda p: p["certified_accuracy"])
+        share = f"{len(own)} of {len(event['points'])} points on the front"
+        what = f"{best['certified_accuracy']:.1%} certified ({best['level']}, {size_text(best['bytes'])}B)"
+        self._end(event, f"complete: up to {what}; {share}")
+
+    def _on_failed(self, event: Mapping[str, Any]) -> None:
+        self._end(event, f"failed: {event['error']}")
+
+    def _on_stopped(self, event: Mapping[str, Any]) -> None:
+        self._end(event, f"stopped: {event['reason']}")
+
+    def _end(self, event: Mapping[str, Any], text: str) -> None:
+        self.open.pop(event["trial"], None)
+        self.ended += 1
+        self._say(f"{event['trial']} {text} [{self._done_text()}]")
+
+    def _front(self) -> list[dict[str, Any]]:
+        kept = non_dominated(self.points, self.space.front)
+        return [point for point, keep in zip(self.points, kept, strict=True) if keep]
+
+    # --- what is shown
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _done_text(self) -> str:
+        return ", ".join(filter(None, (f"{self.ended} of {self.space.search.trials} trials", self.left_text())))
+
+    def left_text(self) -> str:
+        """The time left, from the pace of this driver; empty until a trial has ended under it."""
+        ended = self.ended - self.ended_before
+        left = max(self.space.search.trials - self.ended, 0)
+        if not ended or not left:
+            return ""
+        return f"about {duration_text((time.monotonic() - self.begun) / ended * left)} left"
+
+    def _view(self) -> RenderableType:
+        with self.lock:
+            head = Table.grid(padding=(0, 1))
+            bar = ProgressBar(
+                total=self.space.search.trials, completed=min(self.ended, self.space.search.trials), width=30
+            )
+            head.add_row(bar, Text(self._done_text()), Text(duration_text(time.monotonic() - self.begun), style="dim"))
+            rows = Table.grid(padding=(0, 2))
+            for name, trial in self.open.items():
+                rows.add_row(Text(name, style="bold"), *self._trial_cells(trial))
+            return Group(head, rows, Text(self._best_text(), style="dim"))
+
+    def _trial_cells(self, trial: _Trial) -> tuple[RenderableType, ...]:
+        if not trial.trained:
+            bar = ProgressBar(total=max(trial.epochs, 1), completed=trial.epoch, width=20)
+            return bar, Text(f"epoch {trial.epoch}/{trial.epochs or '?'}"), Text(_metrics(trial.metrics))
+        total = self._verdicts_in_all()
+        bar = ProgressBar(total=total or 1, completed=min(trial.verified, total or 0), width=20)
+        return bar, Text("verifying"), Text(f"{trial.verified:,}{f' of {total:,}' if total else ''} verdicts")
+
+    def _verdicts_in_all(self) -> int:
+        """Verdicts that a trial needs: known from the space, or from a trial that is complete."""
+        samples = self.space.samples if isinstance(self.space.samples, int) else 0
+        if self.points:
+            samples = self.points[0]["samples"]
+        return samples * len(self.space.levels)
+
+    def _best_text(self) -> str:
+        if not self.front:
+            return "no point yet"
+        best = max(self.front, key=lambda p: (p["certified_accuracy"], -p["bytes"]))
+        small = min(self.front, key=lambda p: (p["bytes"], -p["certified_accuracy"]))
+        shown = (
+            f"{p['certified_accuracy']:.1%} at {size_text(p['bytes'])}B ({p['trial']} {p['level']})"
+            for p in (best, small)
+        )
+        return "best certified {}; smallest {}; {} points on the front".format(*shown, len(self.front))
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    parts = []
+    for key, name in _SHORT.items():
+        value = metrics.get(key)
+        if isinstance(value, int | float):
+            parts.append(f"{name} {value:.1%}" if key.endswith("accuracy") else f"{name} {value:.3g}")
+    return "  ".join(parts)

@@ -1,0 +1,128 @@
+"""What is printed: the front and the state of a run as tables or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cactus_ray.report.figures import Point, size_text, upper_end
+from cactus_ray.report.progress import StudyProgress
+from cactus_ray.report.tables import seconds_by_trial
+from cactus_ray.search.space import Space, load_space
+from cactus_ray.search.store import Records, TrialRecord, with_front
+from cactus_ray.verification.verdict import wilson
+
+__all__ = ["StudyProgress", "front_table", "print_front", "print_status", "status_table", "to_json"]
+
+
+def front_table(points: Sequence[Point]) -> Table:
+    """The points that are on the front, smallest first, with both ends of the certified accuracy."""
+    table = Table(title="Front (selection split)", title_justify="left", caption_justify="left")
+    for heading, right in (
+        ("trial", False), ("level", False), ("method", False), ("bytes", True), ("certified", True), ("95 %", True),
+        ("upper end", True), ("standard", True), ("unknown", True),
+    ):  # fmt: skip
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "level", overflow="fold")
+    for p in sorted((p for p in points if p["on_front"]), key=lambda p: (p["bytes"], -p["certified_accuracy"])):
+        low, high = wilson(p["n_certified"], p["samples"])
+        cells = (
+            p["trial"], p["level"], p["method"], f"{p['bytes']:,}", f"{p['certified_accuracy']:.1%}",
+            f"{low:.1%} - {high:.1%}", f"{upper_end(p):.1%}", f"{p['standard_accuracy']:.1%}", str(p["n_unknown"]),
+        )  # fmt: skip
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    return table
+
+
+def status_table(space: Space, records: Records) -> Table:
+    """One row per trial: how far it is, what it cost, why it ended."""
+    seconds = seconds_by_trial(records)
+    table = Table()
+    for heading in ("trial", "status", "epochs", "verified", "certified", "training s", "verification s", "note"):
+        right = heading not in ("trial", "status", "note")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note", overflow="fold")
+    for trial in records.trials.values():
+        train, verify = seconds.get(trial.id, (0.0, 0.0))
+        mean = trial.metrics.get("mean_certified_accuracy")
+        cells = (
+            trial.id, trial.status, _epochs(trial), f"{len(trial.verdicts)}/{len(space.levels)} levels",
+            "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", trial.error or "",
+        )  # fmt: skip
+        table.add_row(*(Text(str(cell)) for cell in cells))
+    return table
+
+
+def print_front(console: Console, run: Path, records: Records, *, as_json: bool) -> None:
+    """Print the front of a run, and where its page lies. Raises UserError where the folder holds no space."""
+    points = with_front(records, load_space(run / "space.yaml").front)
+    front = [p for p in points if p["on_front"]]
+    if as_json:
+        _print_json(console, {"run": str(run), **_counts(records), "points": len(points), "front": to_json(front)})
+        return
+    if not points:
+        console.print("no trial is complete, so there is no front yet", highlight=False)
+    else:
+        console.print(front_table(points))
+        sizes = " to ".join(size_text(f(p["bytes"] for p in front)) for f in (min, max))
+        console.print(f"{len(front)} of {len(points)} points, {sizes} bytes (k = 1,000)", highlight=False, markup=False)
+    console.print(f"report: {run / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_status(console: Console, run: Path, records: Records, *, as_json: bool) -> None:
+    """Print how far a run is. Raises UserError where the folder holds no space."""
+    space = load_space(run / "space.yaml")
+    counts = _counts(records)
+    if as_json:
+        trials = [_trial_json(space, trial) for trial in records.trials.values()]
+        _print_json(console, {"run": str(run), "asked": space.search.trials, **counts, "records": to_json(trials)})
+        return
+    console.print(status_table(space, records))
+    states = ", ".join(f"{number} {state}" for state, number in counts["trials"].items())
+    console.print(
+        f"{space.name}: {counts['status']}; of {space.search.trials} trials {states}", highlight=False, markup=False
+    )
+    if records.damaged_lines:
+        console.print(f"{records.damaged_lines} lines of trials.jsonl are damaged and ignored", highlight=False)
+
+
+def to_json(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as plain JSON data; what is not finite becomes null."""
+    return [{str(key): _plain(value) for key, value in row.items()} for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _print_json(console: Console, value: Mapping[str, Any]) -> None:
+    console.print(json.dumps(_plain(value), allow_nan=False, indent=2), markup=False, highlight=False, soft_wrap=True)
+
+
+def _counts(records: Records) -> dict[str, Any]:
+    states = [trial.status for trial in records.trials.values()]
+    status = str(records.finished.get("status")) if records.finished else "running, or ended without a last word"
+    order = ("completed", "trained", "running", "stopped", "failed")
+    return {"status": status, "trials": {state: states.count(state) for state in order if state in states}}
+
+
+def _trial_json(space: Space, trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "trial": trial.id, "status": trial.status, "epochs": len(trial.epochs), "levels": len(space.levels),
+        "levels_verified": len(trial.verdicts), "train_seconds": trial.train_seconds, "error": trial.error,
+        "parameters": trial.parameters, "metrics": trial.metrics,
+    }  # fmt: skip
+
+
+def _epochs(trial: TrialRecord) -> str:
+    last = trial.epochs[-1] if trial.epochs else {}
+    return f"{last['epoch']}/{last.get('epochs', '?')}" if last else "0"

@@ -1,0 +1,213 @@
+"""What is known of a run, read back from the lines of ``trials.jsonl``.
+
+The file is the only truth. A line that a killed driver tore is ignored and counted, and a trial is complete only with a
+full, finite record; reading works while a driver writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cactus_ray.errors import UserError
+
+SCHEMA = 1
+COLUMNS = (
+    "trial", "level", "method", "seed", "split", "samples", "standard_accuracy", "n_certified", "n_falsified",
+    "n_unknown", "certified_accuracy", "bytes", "ideal_bits", "macs", "train_seconds", "verify_seconds", "on_front",
+    "config_hash",
+)  # fmt: skip
+EVENTS = ("study", "started", "epoch", "trained", "verdicts", "completed", "failed", "stopped", "finished")
+_TEXT = ("trial", "level", "method", "split", "config_hash")
+_COUNTS = ("samples", "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrialRecord:
+    """What is known of one trial. ``status``: running, trained, completed, failed or stopped.
+
+    Only a completed trial has ``points`` and ``metrics``. ``verdicts``: level -> index -> row of the record.
+    """
+
+    id: str
+    number: int
+    status: str = "running"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    config_hash: str = ""
+    seed: int = 0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    train_seconds: float | None = None
+    checkpoint: str | None = None
+    sha256: str | None = None
+    verdicts: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    started: float | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class Records:
+    """All records of a run, in the order of the file. ``damaged_lines``: lines that could not be read."""
+
+    study: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, TrialRecord] = field(default_factory=dict)
+    finished: dict[str, Any] | None = None
+    damaged_lines: int = 0
+
+    def points(self) -> list[dict[str, Any]]:
+        """One row per (trial, level) of the completed trials."""
+        return [point for trial in self.trials.values() if trial.status == "completed" for point in trial.points]
+
+
+def read_records(run: str | Path) -> Records:
+    """The records of a run, also while its driver writes. UserError if there is no run or a newer version wrote it."""
+    file = Path(run) / "trials.jsonl"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{run}: no run here ({file.name}: {error.strerror}); expected a folder of runs/") from None
+    records = Records()
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            event = _event(line)
+            if event is None or not _take(records, event, file):
+                records.damaged_lines += 1
+                logger.warning("%s: line %d is not a whole record and is ignored", file, number)
+    return records
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # torn, or not UTF-8
+        return None
+    return event if isinstance(event, dict) and event.get("event") in EVENTS else None
+
+
+def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
+    """Add one event; False if it does not fit what is known."""
+    kind = event["event"]
+    if kind == "study":
+        if event.get("schema") != SCHEMA:
+            raise UserError(f"{file}: records of schema {event.get('schema')!r}; this version reads {SCHEMA}")
+        records.study = event
+    elif kind == "finished":
+        records.finished = event
+    else:
+        records.finished = None  # something happened after the end: the run was resumed
+        if kind == "started":
+            return _start(records, event)
+        trial = records.trials.get(event.get("trial", ""))
+        if trial is None:
+            return False
+        return _TAKERS[kind](trial, event)
+    return True
+
+
+def _start(records: Records, event: dict[str, Any]) -> bool:
+    trial, number = event.get("trial"), event.get("number")
+    if not isinstance(trial, str) or not isinstance(number, int):
+        return False
+    keys = ("parameters", "config", "config_hash", "seed")
+    known = {key: event[key] for key in keys if key in event}
+    records.trials[trial] = TrialRecord(trial, number, started=event.get("time"), **known)
+    return True
+
+
+def _epoch(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    trial.epochs = [e for e in trial.epochs if e.get("epoch") != event.get("epoch")] + [event]
+    return True
+
+
+def _trained(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    if trial.sha256 != event.get("sha256"):
+        trial.verdicts = {}  # of another network
+    trial.status = "trained"
+    trial.checkpoint, trial.sha256 = event.get("checkpoint"), event.get("sha256")
+    trial.train_seconds = event.get("train_seconds")
+    return True
+
+
+def _verdicts(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    level, samples = event.get("level"), event.get("samples")
+    if not isinstance(level, str) or not isinstance(samples, list):
+        return False
+    trial.verdicts.setdefault(level, {}).update({row[0]: row for row in samples})
+    return True
+
+
+def _completed(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    fault = fault_of(event)
+    if fault is None:
+        trial.status, trial.points, trial.metrics, trial.error = "completed", event["points"], event["metrics"], None
+    else:
+        trial.status, trial.error = "failed", f"its record is not complete: {fault}"
+        trial.points, trial.metrics = [], {}
+    trial.ended = event.get("time")
+    return True
+
+
+def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    trial.status, trial.ended = event["event"], event.get("time")
+    trial.points, trial.metrics = [], {}
+    trial.error = event.get("error") or event.get("reason")
+    return True
+
+
+_TAKERS = {
+    "epoch": _epoch, "trained": _trained, "verdicts": _verdicts, "completed": _completed, "failed": _failed,
+    "stopped": _failed,
+}  # fmt: skip
+
+
+def fault_of(event: Mapping[str, Any]) -> str | None:
+    """Why a ``completed`` event is no full, finite record of a trial; None if it is one."""
+    points, metrics = event.get("points"), event.get("metrics")
+    if not isinstance(points, Sequence) or not points or not isinstance(metrics, Mapping) or not metrics:
+        return "no points or no metrics"
+    for name, value in metrics.items():
+        if not _finite(value):
+            return f"metric {name} is {value!r}"
+    for point in points:
+        if fault := _point_fault(point, event.get("trial")):
+            return f"point {point.get('level')!r}: {fault}"
+    levels = [point["level"] for point in points]
+    return None if len(set(levels)) == len(levels) else f"a level twice among {levels}"
+
+
+def _point_fault(point: Mapping[str, Any], trial: Any) -> str | None:
+    for column in COLUMNS:
+        if column != "on_front" and column not in point:
+            return f"no {column}"
+    for column, value in point.items():
+        if column in _TEXT and not isinstance(value, str):
+            return f"{column} is {value!r}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{column} is {value!r}"
+        if column in _COUNTS and (type(value) is not int or value < 0):
+            return f"{column} is {value!r}, no count"
+        if column in ("standard_accuracy", "certified_accuracy") and not (_finite(value) and 0 <= value <= 1):
+            return f"{column} is {value!r}, no fraction"
+        if column in ("train_seconds", "verify_seconds") and not _finite(value):
+            return f"{column} is {value!r}"
+    if point["trial"] != trial:
+        return f"it belongs to trial {point['trial']}"
+    if point["n_certified"] + point["n_falsified"] + point["n_unknown"] != point["samples"] or not point["samples"]:
+        return "its verdicts do not add up to its samples"
+    if abs(point["certified_accuracy"] - point["n_certified"] / point["samples"]) > 1e-9:
+        return "its certified accuracy is not n_certified / samples"
+    return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,77 @@
+"""The sections of a search space: those that are about the search itself, and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cactus_ray.config import DataConfig, ModelConfig, ThreatConfig, TrainConfig, setting
+from cactus_ray.errors import ConfigError
+from cactus_ray.search.domains import leaf_keys
+from cactus_ray.verification.verdict import VerificationSettings
+
+SAMPLERS = ("tpe", "nsga2", "random")
+EXECUTIONS = ("auto", "train", "direct")
+WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How many trials are drawn, and how."""
+
+    trials: int = setting(12, doc="trials of the study", minimum=1)
+    sampler: str = setting("tpe", doc="tpe, nsga2 (evolution) or random", choices=SAMPLERS)
+    seed: int = setting(
+        0, doc="seed of the study, from which every trial's seed is derived", minimum=0, maximum=2**31 - 1
+    )
+    concurrency: int | None = setting(
+        None, doc="trials at once; default: as many as fit. 1 makes the study reproducible", minimum=1
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceSettings:
+    """What a trial and the verifiers ask of the cluster."""
+
+    workers: int = setting(1, doc="training workers of a trial", minimum=1)
+    cpus_per_worker: float = setting(1.0, doc="CPUs of a worker", exclusive_minimum=0.0)
+    gpus_per_worker: float = setting(0.0, doc="GPUs of a worker; a part of one lets trials share it", minimum=0.0)
+    verifiers: int = setting(1, doc="verifier actors", minimum=1)
+    execution: str = setting("auto", doc="train: Ray Train; direct: in the trial's actor", choices=EXECUTIONS)
+    threads: int = setting(1, doc="torch threads of a worker or verifier", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ConfigError("gpus_per_worker", self.gpus_per_worker, "a part of one GPU, or a whole number of them")
+        if self.execution == "direct" and self.workers > 1:
+            raise ConfigError("execution", self.execution, f"auto or train: direct runs one worker, not {self.workers}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbSettings:
+    """Where the study is tracked. ``auto``: online with a key, offline without."""
+
+    mode: str = setting("auto", doc="whether and where to track", choices=WANDB_MODES)
+    project: str = setting("cactus", doc="W&B project")
+    entity: str | None = setting(None, doc="W&B team or user; default: the key's own")
+
+
+RUN_SECTIONS: dict[str, type] = {"data": DataConfig, "model": ModelConfig, "threat": ThreatConfig, "train": TrainConfig}
+SECTIONS: dict[str, type] = RUN_SECTIONS | {
+    "search": SearchSettings, "verification": VerificationSettings, "resources": ResourceSettings,
+    "wandb": WandbSettings,
+}  # fmt: skip
+KEYS = (
+    "name", "data", "model", "threat", "levels", "train", "parameters", "objectives", "constraints", "front",
+    "search", "verification", "resources", "wandb",
+)  # fmt: skip
+
+
+def section_of(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of a plain space, empty where it is missing; ConfigError if it is no mapping."""
+    data = {} if raw.get(key) is None else raw[key]
+    if not isinstance(data, Mapping):
+        names = ", ".join(name for name, _ in leaf_keys(SECTIONS[key]))
+        raise ConfigError(key, data, f"a mapping with keys {names}")
+    return data

@@ -1,0 +1,124 @@
+"""The folder of a run: records that are appended and never changed, and tables that are rebuilt from them.
+
+``trials.jsonl`` holds one JSON object per line, appended by one driver with flush and fsync. A line that a killed
+driver tore stays as it is, and the next one is never glued to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from cactus_ray.errors import UserError
+from cactus_ray.search.pareto import non_dominated
+from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
+
+__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "read_records", "with_front", "write_tables"]
+
+
+class RunStore:
+    """The folder of a run, for its one driver. Nothing is ever removed from ``trials.jsonl``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.file = self.path / "trials.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this driver; UserError if another one has it. A dead driver's lock is free by itself."""
+        lock = filelock.FileLock(self.path / ".driver.lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.path}: in use by another driver; wait until it ends, stop it, or choose another --name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Write one event; it is on disk when this returns.
+
+        Non-finite numbers become null in ``epoch`` and ``verdicts`` events; anywhere else, and in points that are
+        incomplete or contradict themselves, they raise ValueError and nothing is written.
+        """
+        kind = event.get("event")
+        if kind not in EVENTS:
+            raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
+        if kind == "completed" and (fault := fault_of(event)):
+            raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
+        plain = _without_non_finite(event) if kind in ("epoch", "verdicts") else event
+        line = json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with self.file.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the last driver was killed inside a line
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_checkpoint(self, trial: str, network: bytes) -> Path:
+        """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""
+        path = self.path / "checkpoints" / f"{trial}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, network)
+        return path
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(v) for key, v in value.items()}
+    return [_without_non_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+def with_front(records: Records, front: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The points of the completed trials, each with ``on_front``."""
+    points = records.points()
+    return [{**p, "on_front": on} for p, on in zip(points, non_dominated(points, front), strict=True)]
+
+
+def write_tables(run: str | Path, records: Records, front: Mapping[str, str]) -> None:
+    """Write ``points.csv`` and ``front.csv`` anew from the records; each file is replaced as a whole.
+
+    Numbers are written so that they read back as the same float.
+    """
+    points = with_front(records, front)
+    extra = dict.fromkeys(column for p in points for column in p if column not in COLUMNS)
+    columns = [*COLUMNS, *extra]
+    _write_csv(Path(run) / "points.csv", columns, points)
+    _write_csv(Path(run) / "front.csv", columns, [p for p in points if p["on_front"]])
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

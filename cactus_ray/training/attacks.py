@@ -1,0 +1,50 @@
+"""The attack inside training: short, without host synchronisation, and without weight gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Params, Statistics, forward
+from cactus_ray.bounds.interval import Box
+
+
+def pgd(
+    graph: Graph,
+    params: Params,
+    labels: Tensor,
+    ball: Box,
+    *,
+    steps: int,
+    step_size: float,
+    start: Tensor,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """Points [N, C, H, W] of ``ball`` at which the cross-entropy is high (Madry et al. 2018, Eq. 2).
+
+    ``step_size`` in pixel units; ``start`` in [0, 1] places the first point between the ends of the ball. Sign steps,
+    each projected into the ball, which already lies inside the domain. Returns the last point, detached; no gradient
+    reaches the weights. ``statistics``: batch-norm statistics to use instead of the running ones.
+    """
+    fixed = {name: tensor.detach() for name, tensor in params.items()}
+    frozen = {name: (mean.detach(), var.detach()) for name, (mean, var) in (statistics or {}).items()}
+    lower, upper = ball.lower, ball.upper
+    x = torch.lerp(lower, upper, start)
+    for _ in range(steps):
+        x.requires_grad_(True)
+        loss = F.cross_entropy(forward(graph, fixed, x, statistics=frozen), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+        x = torch.clamp(x.detach() + step_size * gradient.sign(), lower, upper)
+    return x
+
+
+def small_box(ball: Box, point: Tensor, ratio: float) -> Box:
+    """SABR's box: ``ratio`` (0 < ratio <= 1) times the ball's width, around ``point`` but inside the ball.
+
+    Mueller et al. 2023, Sec. 3. The width is taken per pixel, so that the box is exact where the ball is cut off by
+    the domain (as in CTBench).
+    """
+    radius = ratio * ball.radius
+    slack = ball.radius - radius
+    return Box(torch.clamp(point, ball.center - slack, ball.center + slack), radius)

@@ -1,0 +1,207 @@
+"""The training loop that all methods, models and ways of running share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cactus_ray.bounds.graph import Statistics
+from cactus_ray.config import RunConfig
+from cactus_ray.data import DataSet
+from cactus_ray.models.network import Network
+from cactus_ray.training.evaluate import proxy_accuracies
+from cactus_ray.training.losses import ATTACKED
+from cactus_ray.training.methods import METHODS
+from cactus_ray.training.run import Run, network, save, start
+from cactus_ray.training.schedule import epsilon_at, learning_rate_at, standard_weight_at
+from cactus_ray.training.state import generator_for
+from cactus_ray.training.step import Step
+from cactus_ray.training.workers import Alone, Workers
+
+
+class NonFiniteLossError(Exception):
+    """The loss or its gradient is NaN or infinite. ``step`` and ``epoch`` count from 1 over the whole run."""
+
+    def __init__(self, step: int, epoch: int, what: str) -> None:
+        self.step, self.epoch, self.what = step, epoch, what
+        super().__init__(f"the {what} is not finite at step {step} (epoch {epoch})")
+
+    def __reduce__(self) -> tuple[type[NonFiniteLossError], tuple[int, int, str]]:
+        return type(self), (self.step, self.epoch, self.what)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReport:
+    """What the caller learns after every epoch. ``epoch`` counts from 1.
+
+    ``metrics``: loss (mean over the epoch), standard_accuracy and ibp_certified_accuracy (of the full network, on at
+    most ``train.proxy_samples`` selection images), epsilon, standard_weight, learning_rate (of the last step), seconds.
+    ``save()`` gives the whole training state as bytes; call it before returning.
+    """
+
+    epoch: int
+    epochs: int
+    metrics: dict[str, float]
+    save: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """``network`` is ``last`` or ``best``, as ``train.keep`` says; ``seconds`` and ``history`` include resumed epochs.
+
+    ``best`` is the epoch of highest (IBP-certified, standard) accuracy among those that end after the ramp, and
+    ``last`` where there is none.
+    """
+
+    network: Network
+    last: Network
+    best: Network
+    epochs: int
+    seconds: float
+    history: list[dict[str, float]]
+    stopped: bool
+
+
+def train(
+    config: RunConfig,
+    data: DataSet,
+    *,
+    report: Callable[[EpochReport], bool],
+    state: bytes | None = None,
+    init: Network | None = None,
+    workers: Workers | None = None,
+    trust_code: bool = False,
+    device: str = "cpu",
+) -> TrainResult:
+    """Train one network; ``data`` needs the splits train and selection.
+
+    ``report`` is called after every epoch, on every worker; False ends the run early (``stopped``) on all of them.
+    ``state``: bytes of ``EpochReport.save`` of the same configuration; the result is bit by bit that of a run which was
+    never stopped. ``init``: a network to start from. ``workers``: every worker calls this with the same arguments.
+
+    Deterministic for one machine type, thread count and number of workers. Raises NonFiniteLossError at the end of the
+    epoch in which it happens, before anything of it is reported; UserError for a state or ``init`` that does not fit;
+    ConfigError for a batch that cannot be split over the workers.
+    """
+    run = start(config, data, state, init, workers or Alone(), trust_code, device)
+    stopped = False
+    while run.epoch < config.train.epochs and not stopped:
+        metrics = _epoch(run)
+        go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run)))
+        stopped = _any_stops(run, not go_on)
+    last = network(run, run.params)
+    best = network(run, run.best) if run.best is not None else last
+    seconds = math.fsum(m["seconds"] for m in run.history)
+    return TrainResult(
+        best if config.train.keep == "best" else last, last, best, run.epoch, seconds, run.history, stopped
+    )
+
+
+def _epoch(run: Run) -> dict[str, float]:
+    """One pass over the training split; returns, and appends to the history, its metrics."""
+    started = time.perf_counter()
+    config, batch, steps = run.config, run.batch_size, run.steps_per_epoch
+    device = run.images.device
+    permutation = torch.randperm(len(run.labels), generator=generator_for(config.seed, run.epoch, "order")).to(device)
+    draws = generator_for(config.seed, run.epoch, "members")
+    noise = generator_for(config.seed, run.epoch, "attack", str(device))
+    memory: dict[str, Any] = {}
+    seen = torch.empty(steps, 2, device=device)  # loss and gradient norm of every step, read once at the end
+    share = batch // run.workers.size
+    mine = slice(run.workers.rank * share, (run.workers.rank + 1) * share)
+    for index in range(steps):
+        fraction = (run.epoch * steps + index) / (config.train.epochs * steps)
+        chosen = permutation[index * batch : (index + 1) * batch][mine]
+        weight = standard_weight_at(fraction, config.train, config.standard_weight)
+        step = Step(
+            config, run.graph, run.params, run.images[chosen], run.labels[chosen],
+            noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(fraction, config.train, config.threat.epsilon),
+            standard_weight=weight, progress=fraction, index=index, generator=draws, memory=memory,
+            workers=run.workers,
+        )  # fmt: skip
+        rate = learning_rate_at(fraction, config.train, config.learning_rate)
+        _update(run, step, rate, seen[index])
+    run.workers.mean_([v for k, v in run.params.items() if k.rsplit(".", 1)[-1].startswith("running_")] + [seen])
+    _check_finite(run, seen)
+    run.epoch += 1
+    accuracies = proxy_accuracies(run.graph, run.params, *run.selection, config.threat, run.workers)
+    metrics = {
+        "loss": float(seen[:, 0].mean()), "standard_accuracy": accuracies[0], "ibp_certified_accuracy": accuracies[1],
+        "epsilon": step.epsilon, "standard_weight": step.standard_weight, "learning_rate": rate,
+        "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+    _keep_best(run, (accuracies[1], accuracies[0]))
+    run.history.append(metrics)
+    return metrics
+
+
+def _noise(run: Run, standard_weight: float, generator: torch.Generator) -> Tensor:
+    """Where the attack starts: of the whole batch, so that the split over workers does not change it."""
+    config = run.config
+    attacked = (config.certified_loss or config.method) in ATTACKED and standard_weight < 1.0
+    shape = (run.batch_size if attacked else 0, *run.graph.input_shape)
+    return torch.rand(shape, generator=generator, device=run.images.device)
+
+
+def _update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
+    """Gradient of the step's loss, clipped, and one move of the optimiser. Writes loss and norm into ``seen`` [2]."""
+    train = run.config.train
+    leaves = run.leaves()
+    run.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=seen.device)
+    for loss in METHODS[run.config.method](step):
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    if train.l1 > 0.0:
+        penalty = train.l1 * torch.stack([leaves[f"{n.name}.weight"].abs().sum() for n in run.graph.weighted()]).sum()
+        penalty.backward()  # type: ignore[no-untyped-call]
+        total += penalty.detach()
+    run.workers.mean_([v.grad for v in leaves.values() if v.grad is not None])
+    norm = nn.utils.clip_grad_norm_(leaves.values(), train.clip_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.step()
+    _update_running(run, step.statistics, len(step.labels))
+    torch.stack([total, norm], out=seen)
+
+
+def _update_running(run: Run, statistics: Statistics, samples: int) -> None:
+    """Running statistics move towards those of the full network's clean batch; variance unbiased, as torch does it."""
+    with torch.no_grad():
+        for name, (mean, var) in statistics.items():
+            momentum, count = run.graph[name]["momentum"], samples * run.sites[name]
+            run.params[f"{name}.running_mean"].lerp_(mean, momentum)
+            run.params[f"{name}.running_var"].lerp_(var * (count / max(count - 1, 1)), momentum)
+
+
+def _check_finite(run: Run, seen: Tensor) -> None:
+    finite = seen.isfinite()
+    bad = (~finite.all(1)).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        what = "gradient" if bool(finite[first, 0]) else "loss"
+        raise NonFiniteLossError(run.epoch * run.steps_per_epoch + first + 1, run.epoch + 1, what)
+
+
+def _keep_best(run: Run, score: tuple[float, float]) -> None:
+    train = run.config.train
+    if run.epoch / train.epochs < min(1.0, train.warmup + train.ramp):
+        return  # at a smaller epsilon accuracies are higher for a wrong reason
+    if run.best_score is None or score > run.best_score:
+        run.best_score = score
+        run.best = {k: v.detach().clone() for k, v in run.params.items()}
+
+
+def _any_stops(run: Run, stop: bool) -> bool:
+    """Whether any worker wants to stop: all must leave the loop together."""
+    if run.workers.size == 1:
+        return stop
+    votes = torch.tensor([float(stop)], device=run.images.device)
+    run.workers.mean_([votes])
+    return bool(votes > 0)

@@ -1,0 +1,67 @@
+"""Worst-case weights near the current ones: adversarial weight perturbation in linf (CACTUS, Sec. 4.2 and Eq. 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.compression.quantize import step as quantization_step
+
+
+def radii(graph: Graph, params: Params, radius: float, unit: str) -> Params:
+    """How far each convolution's and linear layer's weight may move; each broadcasts to its weight.
+
+    ``radius`` >= 0 in ``unit``: "step" (symmetric int8 step of the output channel; 0.5 covers rounding to int8
+    exactly), "std" (standard deviation of the tensor), "absolute", or "relative" (to each weight's magnitude). Biases
+    and batch norm are not perturbed, as quantisation does not touch them. Detached from ``params``.
+    """
+    found: Params = {}
+    with torch.no_grad():
+        for node in graph.weighted():
+            name = f"{node.name}.weight"
+            weight = params[name].detach()
+            match unit:
+                case "step":
+                    size = quantization_step(weight, 8).view(-1, *([1] * (weight.dim() - 1)))
+                case "std":
+                    size = weight.std(correction=0)
+                case "absolute":
+                    size = weight.new_ones(())
+                case "relative":
+                    size = weight.abs()
+                case _:
+                    raise ValueError(f"unit {unit!r}")
+            found[name] = radius * size
+    return found
+
+
+def jump(gradients: Params, limits: Params) -> Params:
+    """The perturbations after one whole sign step from zero: the maximum of the linearised loss within ``limits``."""
+    return {name: limit * gradients[name].sign() for name, limit in limits.items()}
+
+
+def ascend(loss: Callable[[Params], Tensor], params: Params, limits: Params, steps: int) -> Params:
+    """Perturbations by tensor name that raise ``loss(params + perturbation)``, elementwise within ``limits``.
+
+    ``steps`` >= 1 sign-gradient steps from zero, each of min(1, 2 / steps) times the limit and projected. Detached;
+    no gradient reaches ``params``.
+    """
+    fixed = {name: tensor.detach() for name, tensor in params.items()}
+    deltas = {name: torch.zeros_like(fixed[name]) for name in limits}
+    share = min(1.0, 2.0 / steps)
+    for _ in range(steps):
+        leaves = {name: delta.requires_grad_(True) for name, delta in deltas.items()}
+        gradients = torch.autograd.grad(loss(apply(fixed, leaves)), list(leaves.values()))
+        deltas = {
+            name: torch.clamp(delta.detach() + share * limits[name] * g.sign(), -limits[name], limits[name])
+            for (name, delta), g in zip(leaves.items(), gradients, strict=True)
+        }
+    return deltas
+
+
+def apply(params: Params, deltas: Params) -> Params:
+    """``params`` with the perturbations added; differentiable in both."""
+    return params | {name: params[name] + delta for name, delta in deltas.items()}

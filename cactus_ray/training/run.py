@@ -1,0 +1,153 @@
+"""A run between two steps: where it starts, how it is saved, what it has become."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Params, is_buffer
+from cactus_ray.config import RunConfig
+from cactus_ray.data import DataSet
+from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.models import create
+from cactus_ray.models.network import Network
+from cactus_ray.training.evaluate import evenly_spaced
+from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
+from cactus_ray.training.workers import Workers
+
+
+@dataclass(slots=True)
+class Run:
+    """A run between two steps; the only thing in training that changes."""
+
+    config: RunConfig
+    graph: Graph
+    params: Params
+    optimizer: torch.optim.Optimizer
+    workers: Workers
+    class_names: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    selection: tuple[Tensor, Tensor]
+    sites: dict[str, int]  # values per sample and channel that each batch norm sees
+    epoch: int = 0
+    best: Params | None = None
+    best_score: tuple[float, float] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step over all workers: static, so the rest of an epoch that fills no batch is left out."""
+        size = min(self.config.train.batch_size, len(self.labels))
+        return size - size % self.workers.size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.labels) // self.batch_size
+
+    def leaves(self) -> Params:
+        return {k: v for k, v in self.params.items() if v.requires_grad}
+
+
+def start(
+    config: RunConfig,
+    data: DataSet,
+    state: bytes | None,
+    init: Network | None,
+    workers: Workers,
+    trust_code: bool,
+    device: str,
+) -> Run:
+    """A run before its first step, or where ``state`` left it. Arguments and errors are those of ``loop.train``."""
+    images, labels = data.split("train")
+    if config.train.batch_size % workers.size or len(labels) < workers.size:
+        raise ConfigError("train.batch_size", config.train.batch_size, f"a multiple of the {workers.size} workers")
+    if state is not None:
+        saved = unpack_state(state)
+        if saved.config_hash != config.config_hash:
+            raise UserError(
+                f"training state: written by the run {saved.config_hash}; expected one of {config.config_hash}, "
+                "the same configuration in everything"
+            )
+        graph, params = saved.graph, saved.params
+    else:
+        saved = None
+        graph, params = _first_weights(config, data, init, trust_code)
+    # Sorted, because the sum behind the gradient's norm depends on the order, and a saved state knows no other.
+    params = {k: v.detach().clone().to(device).requires_grad_(not is_buffer(k)) for k, v in sorted(params.items())}
+    shapes = graph.shapes(params)
+    chosen = evenly_spaced(len(data.split("selection")[1]), config.train.proxy_samples)
+    selection = tuple(t[chosen].to(device) for t in data.split("selection"))
+    run = Run(
+        config, graph, params, _optimizer(config, params), workers, data.class_names,
+        images.to(device), labels.to(device), (selection[0], selection[1]),
+        {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
+    )  # fmt: skip
+    if saved is not None:
+        run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history
+        run.best = None if saved.best is None else {k: v.to(device) for k, v in saved.best.items()}
+        _restore_moments(run, saved.moments)
+    return run
+
+
+def _first_weights(config: RunConfig, data: DataSet, init: Network | None, trust_code: bool) -> tuple[Graph, Params]:
+    fresh = create(config, data.input_shape, data.classes, data.class_names, trust_code=trust_code)
+    if init is not None:
+        _check_fit(fresh, init)
+        return fresh.graph, init.params
+    if config.train.initialization == "default":
+        return fresh.graph, fresh.params
+    generator = generator_for(config.seed, 0, "ibp initialization")
+    return fresh.graph, ibp_initialization(fresh.graph, fresh.params, generator)
+
+
+def _check_fit(fresh: Network, init: Network) -> None:
+    """Raise UserError that names the first tensor or node in which ``init`` differs from the configured network."""
+    for name in sorted(fresh.params.keys() | init.params.keys()):
+        want, have = fresh.params.get(name), init.params.get(name)
+        if want is None or have is None or want.shape != have.shape:
+            shapes = [None if t is None else list(t.shape) for t in (have, want)]
+            raise UserError(
+                f"initial network: tensor {name!r} has shape {shapes[0]}; expected {shapes[1]}, as the configured model"
+            )
+    if fresh.graph != init.graph:
+        raise UserError("initial network: its layers differ from the configured model's; expected the same model")
+
+
+def _optimizer(config: RunConfig, params: Params) -> torch.optim.Optimizer:
+    leaves = [v for v in params.values() if v.requires_grad]
+    options: dict[str, Any] = {
+        "lr": config.learning_rate, "weight_decay": config.train.weight_decay, "fused": True,
+    }  # fmt: skip
+    match config.train.optimizer:
+        case "adam":
+            return torch.optim.Adam(leaves, **options)
+        case "adamw":
+            return torch.optim.AdamW(leaves, **options)
+    return torch.optim.SGD(leaves, momentum=config.train.momentum, **options)
+
+
+def save(run: Run) -> bytes:
+    """The whole training state as bytes (``state.pack_state``)."""
+    moments = {k: dict(run.optimizer.state[v]) for k, v in run.leaves().items() if v in run.optimizer.state}
+    kept = {k: {key: t for key, t in values.items() if t is not None} for k, values in moments.items()}
+    return pack_state(
+        State(run.config.config_hash, run.graph, run.epoch, run.params, kept, run.best, run.best_score, run.history)
+    )
+
+
+def _restore_moments(run: Run, moments: Moments) -> None:
+    for name, leaf in run.leaves().items():
+        for key, value in moments.get(name, {}).items():
+            run.optimizer.state[leaf][key] = value.to(leaf.device)
+
+
+def network(run: Run, params: Params) -> Network:
+    """The network with copies of ``params`` on the CPU."""
+    tensors = {k: v.detach().cpu().clone() for k, v in params.items()}
+    return Network(run.graph, tensors, run.config, run.class_names, {"epochs": run.epoch})

@@ -1,0 +1,1 @@
+"""Verdicts on samples: attacks, bounds, and the checks that keep them honest."""

@@ -1,0 +1,139 @@
+"""Tables and JSON of a run, and the progress display with and without a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from studies import events, small_space, write_run
+
+from cactus_ray.report.terminal import StudyProgress, front_table, print_front, print_status, status_table, to_json
+from cactus_ray.search.store import Records, read_records, with_front
+
+
+def console(terminal: bool = False, width: int = 160) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
+
+
+def printed(where: Console) -> str:
+    assert isinstance(where.file, io.StringIO)
+    return where.file.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    space = small_space()
+    return write_run(tmp_path / "digits", space, events(space, failure="[red]not markup[/red] </b>"))
+
+
+def test_front_table_shows_the_front_and_nothing_else(run: Path) -> None:
+    points = with_front(read_records(run), small_space().front)
+    where = console()
+    where.print(front_table(points))
+    text = printed(where)
+    for point in points:
+        assert (f"{point['bytes']:,}" in text) == point["on_front"]
+    assert "t0002" not in text
+    assert "90.0%" in text
+    assert "93.0%" in text  # the upper end: three samples are unknown
+
+
+def test_status_table_names_the_reason_as_it_was(run: Path) -> None:
+    where = console()
+    where.print(status_table(small_space(), read_records(run)))
+    text = printed(where)
+    assert "[red]not markup[/red] </b>" in text
+    assert text.count("completed") == 4
+
+
+def test_tables_are_readable_in_a_narrow_terminal(run: Path) -> None:
+    where = console(width=80)
+    print_front(where, run, read_records(run), as_json=False)
+    print_status(where, run, read_records(run), as_json=False)
+    assert max(len(line) for line in printed(where).splitlines() if "report:" not in line) <= 80
+
+
+def test_front_as_json(run: Path) -> None:
+    where = console(width=40)
+    print_front(where, run, read_records(run), as_json=True)
+    found = json.loads(printed(where))
+    assert found["status"] == "completed"
+    assert found["trials"] == {"completed": 4, "stopped": 1, "failed": 1}
+    assert found["points"] == 12
+    assert {row["trial"] for row in found["front"]} <= {"t0001", "t0004", "t0005", "t0006"}
+
+
+def test_status_as_json(run: Path) -> None:
+    where = console()
+    print_status(where, run, read_records(run), as_json=True)
+    trials = {row["trial"]: row for row in json.loads(printed(where))["records"]}
+    assert trials["t0002"]["error"].startswith("[red]")
+    assert trials["t0002"]["metrics"] == {}
+    assert trials["t0001"]["levels_verified"] == 3
+
+
+def test_front_of_an_empty_run(tmp_path: Path) -> None:
+    space = small_space()
+    run = write_run(tmp_path / "run", space, list(events(space))[:1])
+    where = console()
+    print_front(where, run, read_records(run), as_json=False)
+    assert "no trial is complete" in printed(where)
+
+
+def test_json_has_no_nan() -> None:
+    rows = to_json([{"a": math.nan, "b": [1.0, math.inf], "c": {"d": -math.inf}, "e": (1, "x", None)}])
+    assert rows == [{"a": None, "b": [1.0, None], "c": {"d": None}, "e": [1, "x", None]}]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_progress_without_a_terminal_is_plain_lines() -> None:
+    space, where = small_space(), console()
+    with StudyProgress(space, Records(), console=where) as progress:
+        for event in events(space):
+            progress.event(event)
+    lines = printed(where).splitlines()
+    assert lines[0] == "study digits: 6 trials, 3 levels each"
+    assert any(line.startswith("t0001 epoch 1/3: loss 2  standard 30.0%") for line in lines)
+    assert sum(line.startswith("t0001 epoch") for line in lines) == 1  # the others came too soon after
+    assert any("t0002 failed: loss is not finite at step 7 [2 of 6 trials" in line for line in lines)
+    assert any("t0003 stopped: dominated" in line for line in lines)
+    assert "t0006 complete: up to 90.0% certified (dense, 60.1 kB)" in lines[-1]
+    assert "\x1b" not in printed(where)
+
+
+def test_progress_on_a_terminal_shows_running_trials() -> None:
+    space, where = small_space(), console(terminal=True)
+    with StudyProgress(space, Records(), console=where) as progress:
+        for event in events(space):
+            progress.event(event)
+            if event["event"] == "epoch" and (event["trial"], event["epoch"]) == ("t0005", 2):
+                view = console()
+                view.print(progress._view())
+            if event["event"] == "verdicts" and event["trial"] == "t0006":
+                verifying = console()
+                verifying.print(progress._view())
+    assert "epoch 2/3" in printed(view)
+    assert "4 of 6 trials, about" in printed(view)
+    assert "best certified 80.0% at 60.1 kB (t0004 dense)" in printed(view)
+    assert "300 of 300 verdicts" in printed(verifying)
+    assert "t0002 failed" in printed(where)
+
+
+def test_progress_goes_on_where_an_earlier_driver_ended(run: Path) -> None:
+    with StudyProgress(small_space(trials=8), read_records(run), console=console()) as progress:
+        assert progress.ended == 6
+        assert progress.left_text() == ""
+        progress.event({"event": "stopped", "trial": "t0007", "reason": "rung 1"})
+        assert progress.left_text().endswith("left")
+
+
+def test_disabled_progress_prints_nothing() -> None:
+    space, where = small_space(), console()
+    with StudyProgress(space, Records(), enabled=False, console=where) as progress:
+        for event in events(space):
+            progress.event(event)
+    assert printed(where) == ""

@@ -1,0 +1,175 @@
+"""The course of a study: what is recorded, what is told, and what a driver that died leaves behind."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cactus_ray.search.space import Space, parse_space
+from cactus_ray.search.store import Records, RunStore, read_records, with_front
+from cactus_ray.search.study import Chunk, ChunkResult, Study, TrialStart
+
+SPACE = {
+    "name": "course",
+    "data": {"name": "digits"},
+    "model": {"name": "mlp"},
+    "threat": {"epsilon": 0.1},
+    "levels": ["dense", "int8"],
+    "parameters": {"learning_rate": {"min": 0.001, "max": 0.01}},
+    "search": {"trials": 3, "sampler": "random"},
+    "verification": {"batch_size": 2},
+}
+MEASURES = {"bytes": 1000, "ideal_bits": 8000, "macs": 500}
+REFERENCE = {"certified_accuracy": 0.0, "bytes": 2000.0, "standard_accuracy": 0.0}
+
+
+@pytest.fixture
+def space() -> Space:
+    return parse_space(SPACE, "course.yaml")
+
+
+def begin(space: Space, run: Path) -> Study:
+    study = Study(space, RunStore(run), Records(), [0, 1, 2])
+    study.begin({"name": "course", "seed": 0}, REFERENCE)
+    return study
+
+
+def resume(space: Space, run: Path) -> Study:
+    return Study(space, RunStore(run), read_records(run), [0, 1, 2])
+
+
+def started(study: Study) -> TrialStart:
+    found = study.next_trial()
+    assert found is not None
+    return found
+
+
+def result(chunk: Chunk, verdict: str = "CERTIFIED", measures: dict[str, int] = MEASURES) -> ChunkResult:
+    rows: list[list[Any]] = [[i, 0, verdict, True, 0.5, "ibp", 0.01] for i in chunk.indices]
+    return ChunkResult(chunk, rows, measures, 0.1)
+
+
+def complete(study: Study) -> str:
+    trial = started(study).id
+    for chunk in study.trained(trial, b"network", 1, 2.0):
+        study.verified(result(chunk))
+    return trial
+
+
+def test_a_trial_is_complete_when_every_chunk_of_every_level_is_verified(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    trial = started(study).id
+    chunks = study.trained(trial, b"network", 1, 2.0)
+    assert [c.id for c in chunks] == [f"{trial}/{level}/{i}" for level in ("dense", "int8") for i in (0, 1)]
+    for chunk in chunks[:-1]:
+        study.verified(result(chunk))
+    assert read_records(tmp_path).trials[trial].status == "trained"
+    study.verified(result(chunks[-1], "UNKNOWN"))
+    record = read_records(tmp_path).trials[trial]
+    assert record.status == "completed"
+    by_level = {p["level"]: p for p in record.points}
+    assert (by_level["dense"]["n_certified"], by_level["int8"]["n_certified"]) == (3, 2)
+    assert by_level["int8"]["n_unknown"] == 1
+    assert by_level["int8"]["certified_accuracy"] == pytest.approx(2 / 3)
+    assert record.metrics["certified_accuracy@int8"] == pytest.approx(2 / 3)
+
+
+def test_a_chunk_that_is_delivered_twice_counts_once(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    chunks = study.trained(started(study).id, b"network", 1, 2.0)
+    study.verified(result(chunks[0]))
+    before = (tmp_path / "trials.jsonl").read_bytes()
+    study.verified(result(chunks[0], "FALSIFIED"))
+    assert (tmp_path / "trials.jsonl").read_bytes() == before
+
+
+def test_failed_and_stopped_trials_count_but_have_no_points(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    study.failed(started(study).id, "the loss is not finite at step 7", 7)
+    study.stopped(started(study).id, "dominated")
+    good = complete(study)
+    assert study.done
+    assert study.next_trial() is None
+    records = read_records(tmp_path)
+    assert [t.status for t in records.trials.values()] == ["failed", "stopped", "completed"]
+    assert {p["trial"] for p in with_front(records, space.front)} == {good}
+
+
+def test_a_trial_that_failed_during_verification_never_reaches_the_front(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    trial = started(study).id
+    chunks = study.trained(trial, b"network", 1, 2.0)
+    study.verified(result(chunks[0]))
+    study.failed(trial, "level int8: overflow")
+    study.verified(result(chunks[1]))  # late news of a trial that is over
+    assert read_records(tmp_path).trials[trial].status == "failed"
+    assert read_records(tmp_path).points() == []
+
+
+def test_a_level_whose_verifiers_all_died_fails_the_trial(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    trial = started(study).id
+    for chunk in study.trained(trial, b"network", 1, 2.0):
+        measures = MEASURES if chunk.level == "dense" else {}
+        study.verified(result(chunk, "UNKNOWN" if not measures else "CERTIFIED", measures))
+    record = read_records(tmp_path).trials[trial]
+    assert (record.status, record.points) == ("failed", [])
+    assert "int8" in str(record.error)
+
+
+def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_path: Path) -> None:
+    first = begin(space, tmp_path)
+    done = complete(first)
+    waiting = started(first).id
+    first.trained(waiting, b"network", 1, 2.0)
+    training = started(first)
+    points = read_records(tmp_path).points()
+
+    second = resume(space, tmp_path)  # nothing was told to the first one: as after SIGKILL
+    assert read_records(tmp_path).points() == points
+    ((trial, path, chunks),) = second.resumed
+    assert (trial, path.read_bytes()) == (waiting, b"network")
+    again = started(second)
+    assert (again.id, again.config) == (training.id, training.config)
+    for chunk in chunks:
+        second.verified(result(chunk))
+    for chunk in second.trained(again.id, b"other", 1, 2.0):
+        second.verified(result(chunk))
+    assert second.done
+    records = read_records(tmp_path)
+    assert [t.status for t in records.trials.values()] == ["completed"] * 3
+    assert records.trials[done].points == points
+
+
+def test_resuming_asks_for_the_same_configurations(space: Space, tmp_path: Path) -> None:
+    through = begin(space, tmp_path / "through")
+    for _ in range(3):
+        complete(through)
+    broken = begin(space, tmp_path / "broken")
+    complete(broken)
+    rest = resume(space, tmp_path / "broken")
+    complete(rest)
+    complete(rest)
+    hashes = [[t.config_hash for t in read_records(tmp_path / d).trials.values()] for d in ("through", "broken")]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 3
+
+
+def test_a_configuration_that_cannot_be_built_is_recorded_and_the_next_one_drawn(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cactus_ray.errors import ConfigError
+
+    real = Space.configuration
+
+    def refuse_first(self: Space, values: Any, number: int) -> Any:
+        if number == 1:
+            raise ConfigError("compression_set.low", 0.9, "at most compression_set.high = 0.5")
+        return real(self, values, number)
+
+    monkeypatch.setattr(Space, "configuration", refuse_first)
+    study = begin(space, tmp_path)
+    assert started(study).number == 2
+    first = read_records(tmp_path).trials["t0001"]
+    assert first.status == "failed"
+    assert "compression_set.low" in str(first.error)

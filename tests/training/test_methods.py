@@ -1,0 +1,252 @@
+"""Every method through one contract, and what is particular to CACTUS."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Params, is_buffer, trainable
+from cactus_ray.compression.prune import masks
+from cactus_ray.config import AWP_UNITS, STRATEGIES, RunConfig
+from cactus_ray.config import METHODS as NAMES
+from cactus_ray.data import DataSet
+from cactus_ray.models import create
+from cactus_ray.training import perturb
+from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.methods import METHODS
+from cactus_ray.training.step import Step, full_loss, member_loss
+
+CACTUS_MODULE = sys.modules["cactus_ray.training.methods.cactus"]  # the package gives the function of that name
+CACTUS = {"method": "cactus", "certified_loss": "sabr"}
+
+
+def make_step(config: RunConfig, data: DataSet, **changes: Any) -> Step:
+    network = create(config, data.input_shape, data.classes)
+    params = ibp_initialization(network.graph, network.params, torch.Generator().manual_seed(1))
+    params = {k: v.clone().requires_grad_(not is_buffer(k)) for k, v in params.items()}
+    images, labels = data.split("train")
+    noise = torch.rand(images[:64].shape, generator=torch.Generator().manual_seed(2))
+    step = Step(
+        config, network.graph, params, images[:64], labels[:64], noise, epsilon=config.threat.epsilon,
+        standard_weight=config.standard_weight, progress=0.5, index=0, generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    return replace(step, **changes)
+
+
+def take(step: Step) -> tuple[list[float], Params]:
+    """The losses a method gives and the summed gradient, as the loop takes them."""
+    losses = []
+    for loss in METHODS[step.config.method](step):
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(loss.detach()))
+    return losses, step.gradients()
+
+
+def test_the_table_has_the_names_of_the_configuration() -> None:
+    assert set(METHODS) == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "model", [{"name": "mlp", "hidden": [16]}, {"name": "mlp", "hidden": [16], "batch_norm": True}]
+)
+@pytest.mark.parametrize("method", NAMES)
+def test_contract(method: str, model: dict[str, Any], run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(method=method, model=model)
+    losses, gradients = take(make_step(config, few_digits))
+    assert all(torch.tensor(losses).isfinite())
+    step = make_step(config, few_digits)
+    assert set(gradients) == set(trainable(step.params))
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients.values())
+    optimizer = torch.optim.Adam([p for p in step.params.values() if p.requires_grad], lr=0.02)
+    course = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        found, _ = take(replace(step, statistics={}))
+        course.append(sum(found))
+        optimizer.step()
+    assert sum(course[-5:]) < 0.8 * sum(course[:5])
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_during_warm_up_no_bounds_are_computed(
+    method: str, run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cactus_ray.training.losses.margins", _forbidden)
+    monkeypatch.setattr("cactus_ray.training.step.pgd", _forbidden)
+    config = run_config(method=method, **({"awp_radius": 1.0} if method == "cactus" else {}))
+    losses, _ = take(make_step(config, few_digits, standard_weight=1.0, epsilon=0.0))
+    assert len(losses) == (2 if method == "cactus" else 1)  # and no perturbed member yet
+
+
+def _forbidden(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this pass has no weight")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_members_of_the_drawn_sparsity(
+    strategy: str, run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(**CACTUS, compression_set={"strategy": strategy, "low": 0.4, "high": 0.9, "size": 4})
+    step = make_step(config, few_digits)
+    members = _record_members(monkeypatch)
+    losses, _ = take(step)
+    expected = {"none": 0, "single": 1, "progressive": 1, "dense": 5}.get(strategy, 3)
+    assert len(members) == expected == len(losses) - 1
+    for member, sparsity in zip(members, step.memory["sparsities"], strict=True):
+        weights = torch.cat([member[f"{n.name}.weight"].flatten() for n in step.graph.weighted()])
+        assert int((weights == 0).sum()) == round(sparsity * weights.numel())
+
+
+def _record_members(monkeypatch: pytest.MonkeyPatch) -> list[Params]:
+    seen: list[Params] = []
+
+    def recorded(step: Step, params: Params, *rest: Any) -> Tensor:
+        seen.append({k: v.detach().clone() for k, v in params.items()})
+        return member_loss(step, params, *rest)
+
+    monkeypatch.setattr(CACTUS_MODULE, "member_loss", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["gu-grad", "lu-l2", "gs-l2", "ls-grad"])
+def test_other_families(family: str, run_config: Any, few_digits: DataSet) -> None:
+    losses, gradients = take(make_step(run_config(**CACTUS, compression_set={"family": family}), few_digits))
+    assert len(losses) == 2
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
+def test_loss_is_the_mean_over_the_members(run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(**CACTUS, compression_set={"strategy": "fixed", "size": 2, "low": 0.5, "high": 0.5})
+    step = make_step(config, few_digits)
+    full, region = full_loss(step, "sabr")
+    mask = masks(step.graph, step.params, "gu-l1", 0.5)
+    pruned = member_loss(step, {k: v * mask.get(k, 1.0) for k, v in step.params.items()}, region, "sabr")
+    losses, gradients = take(make_step(config, few_digits))
+    assert losses == pytest.approx([full.item() / 2, pruned.item() / 2])
+    ((full + pruned) / 2).backward()  # type: ignore[no-untyped-call]
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, step.params[name].grad)
+
+
+@pytest.mark.parametrize("unit", AWP_UNITS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("strategy", "where", "members"), [("single", "separate", 2), ("single", "pruned", 1), ("none", "pruned", 1)]
+)
+def test_perturbed_members_stay_inside_the_radius(
+    unit: str, steps: int, strategy: str, where: str, members: int, run_config: Any, few_digits: DataSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = run_config(
+        **CACTUS,
+        awp_radius=0.5,
+        awp_unit=unit,
+        awp_steps=steps,
+        awp_member=where,
+        compression_set={"strategy": strategy},
+    )
+    step = make_step(config, few_digits)
+    seen = _record_members(monkeypatch)
+    losses, _ = take(step)
+    assert len(seen) == members == len(losses) - 1
+    pruned = where == "pruned" and strategy != "none"
+    mask = step.memory["masks"][0] if pruned else {}
+    base = {k: v.detach() * mask.get(k, 1.0) for k, v in step.params.items()}
+    limits = perturb.radii(step.graph, base, 0.5, unit)
+    moved = 0.0
+    for name, tensor in seen[0].items():  # the perturbed member comes first
+        delta = tensor - base[name]
+        moved += float(delta.abs().sum())
+        limit = limits[name].expand_as(delta) if name in limits else torch.zeros_like(delta)
+        assert (delta.abs() <= limit * (1 + 1e-5) + 1e-6).all()
+        assert (tensor[mask[name] == 0] == 0).all() if name in mask else True
+    assert moved > 0
+
+
+def test_member_sees_the_first_fraction_of_the_batch(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def recorded(step: Step, params: Params, region: Any, kind: str) -> Tensor:
+        sizes.append(len(region.labels))
+        assert torch.equal(region.labels, step.labels[: len(region.labels)])
+        return member_loss(step, params, region, kind)
+
+    monkeypatch.setattr(CACTUS_MODULE, "member_loss", recorded)
+    take(make_step(run_config(**CACTUS, compression_set={"member_fraction": 0.25}), few_digits))
+    assert sizes == [16]
+
+
+def test_masks_are_kept_for_refresh_every_steps(run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(**CACTUS, compression_set={"refresh_every": 3})
+    step = make_step(config, few_digits)
+    drawn, kept = [], []
+    for index in range(7):
+        take(replace(step, index=index))
+        drawn.append(step.memory["sparsities"])
+        kept.append(step.memory["masks"])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[3] == drawn[4] == drawn[5]
+    assert len({drawn[0], drawn[3], drawn[6]}) == 3
+    assert kept[0] is kept[2] is not kept[3]
+
+
+def test_the_attack_is_shared(run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cactus_ray.training import step as step_module
+
+    calls: list[int] = []
+    original = step_module.pgd
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(step_module, "pgd", counted)
+    take(make_step(run_config(**CACTUS, compression_set={"strategy": "triple"}, awp_radius=0.5), few_digits))
+    assert len(calls) == 1
+
+
+def test_members_do_not_touch_the_statistics_of_the_full_network(run_config: Any, few_digits: DataSet) -> None:
+    model = {"name": "mlp", "hidden": [8], "batch_norm": True}
+    alone = make_step(run_config(method="sabr", model=model), few_digits)
+    together = make_step(run_config(**CACTUS, model=model, compression_set={"strategy": "triple"}), few_digits)
+    take(alone)
+    take(together)
+    assert alone.statistics.keys() == together.statistics.keys() != set()
+    for name, pair in alone.statistics.items():
+        for ours, theirs in zip(pair, together.statistics[name], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_without_weight_the_clean_pass_is_not_made(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cactus_ray.training.step.standard", _forbidden)
+    losses, _ = take(make_step(run_config(method="ibp", standard_weight=0.0), few_digits))
+    assert losses[0] > 0
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.02])
+def test_regularizer_adds_to_the_loss_during_the_ramp_only(
+    epsilon: float, run_config: Any, few_digits: DataSet
+) -> None:
+    def loss(strength: float, at: float) -> float:
+        config = run_config(method="ibp", train__regularizer=strength, train__initialization="default")
+        weight = 1.0 if at == 0.0 else 0.7
+        (value,), gradients = take(make_step(config, few_digits, epsilon=at, standard_weight=weight))
+        assert all(g.isfinite().all() for g in gradients.values())
+        return value
+
+    assert loss(0.5, epsilon) > loss(0.0, epsilon)
+    assert loss(0.5, 0.05) == loss(0.0, 0.05)  # at the final epsilon
+
+
+def test_a_method_is_lazy(run_config: Any, few_digits: DataSet) -> None:
+    terms = METHODS["cactus"](make_step(run_config(**CACTUS), few_digits))
+    assert isinstance(terms, Iterator)
+    assert next(terms).requires_grad

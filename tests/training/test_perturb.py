@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from cactus_ray.bounds.graph import Graph, Params, forward
+from cactus_ray.compression.quantize import dequantize, quantize
+from cactus_ray.config import AWP_UNITS
+from cactus_ray.training.perturb import apply, ascend, jump, radii
+
+IMAGES, LABELS = torch.rand(32, 2, generator=torch.Generator().manual_seed(3)), torch.arange(32) % 2
+
+
+def _loss(graph: Graph, params: Params) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(forward(graph, params, IMAGES), LABELS)
+
+
+@pytest.mark.parametrize("unit", AWP_UNITS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_perturbation_stays_inside_its_radius_and_raises_the_loss(
+    unit: str, steps: int, tiny: tuple[Graph, Params]
+) -> None:
+    graph, params = tiny
+    limits = radii(graph, params, 0.02, unit)
+    deltas = ascend(lambda p: _loss(graph, p), params, limits, steps)
+    assert set(deltas) == {"fc1.weight", "fc2.weight"}  # no biases
+    for name, delta in deltas.items():
+        assert (delta.abs() <= limits[name].expand_as(delta) + 1e-9).all()
+        assert not delta.requires_grad
+    assert _loss(graph, apply(params, deltas)) > _loss(graph, params)
+
+
+def test_units_by_hand(tiny: tuple[Graph, Params]) -> None:
+    graph, params = tiny  # fc1.weight = [[1, -1], [2, 1]]
+    assert radii(graph, params, 0.5, "step")["fc1.weight"].flatten().tolist() == pytest.approx([0.5 / 127, 1 / 127])
+    assert radii(graph, params, 0.5, "absolute")["fc1.weight"].item() == 0.5
+    torch.testing.assert_close(radii(graph, params, 0.5, "relative")["fc1.weight"], 0.5 * params["fc1.weight"].abs())
+    assert radii(graph, params, 2.0, "std")["fc1.weight"].item() == pytest.approx(
+        2 * params["fc1.weight"].std(correction=0).item()
+    )
+
+
+def test_half_a_step_covers_the_rounding_to_int8(tiny: tuple[Graph, Params], generator: torch.Generator) -> None:
+    graph, params = tiny
+    params = params | {"fc1.weight": torch.randn(2, 2, generator=generator)}
+    limit = radii(graph, params, 0.5, "step")["fc1.weight"]
+    error = dequantize(*quantize(params["fc1.weight"], 8)) - params["fc1.weight"]
+    assert (error.abs() <= limit + 1e-7).all()
+
+
+def test_one_step_is_the_whole_jump(tiny: tuple[Graph, Params]) -> None:
+    graph, params = tiny
+    leaves = {k: v.clone().requires_grad_() for k, v in params.items()}
+    _loss(graph, leaves).backward()
+    limits = radii(graph, params, 0.1, "std")
+    jumped = jump({k: v.grad for k, v in leaves.items() if v.grad is not None}, limits)
+    ascended = ascend(lambda p: _loss(graph, p), params, limits, 1)
+    for name, delta in ascended.items():
+        torch.testing.assert_close(delta, jumped[name])
+
+
+def test_unknown_unit_is_refused(tiny: tuple[Graph, Params]) -> None:
+    with pytest.raises(ValueError, match="furlong"):
+        radii(*tiny, 1.0, "furlong")
