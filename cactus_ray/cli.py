@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -27,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+# Recent typer brings its own copy of click, so click's name for the parent of all usage errors may be another class.
+UsageError: Any = typer.BadParameter.__mro__[1]
 out = Console()
 err = Console(stderr=True)
 
@@ -212,14 +213,14 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; user errors become one line, faults keep their traceback."""
     try:
         status = app(args=arguments, standalone_mode=False)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except UsageError as error:
         error.show()
         return 2
     except UserError as error:
         return _fail(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; what is finished is kept", style="yellow")
         return 130
     return status if isinstance(status, int) else 0

@@ -103,10 +103,9 @@ class TrainConfig:
     proxy_samples: int = setting(512, doc="selection images scored after every epoch (plain and IBP)", minimum=1)
 
     def __post_init__(self) -> None:
-        if self.warmup + self.ramp > 1.0:
-            raise ConfigError(
-                "train.ramp", self.ramp, f"at most 1 - train.warmup = {1.0 - self.warmup:g}, or epsilon is never reached"
-            )
+        if self.warmup + self.ramp > 1.0 + 1e-9:
+            most = f"at most 1 - train.warmup = {1.0 - self.warmup:g}, or epsilon is never reached"
+            raise ConfigError("train.ramp", self.ramp, most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

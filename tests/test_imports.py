@@ -62,5 +62,7 @@ def test_the_core_needs_only_torch_and_numpy(room: str) -> None:
 
 
 def test_every_room_has_a_rule() -> None:
-    present = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir() and path.name[0] != "_"}
+    present = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path.is_dir() and path.name[0] != "_")
+    }
     assert present - {"__init__", "cli"} == set(FORBIDDEN)

@@ -16,7 +16,7 @@ from cactus_ray.deploy.requirements import Requirements
 
 
 @contextmanager
-def _stages(console: Console, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
+def stages(console: Console, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar per stage that reports (stage, done, total)."""
     tasks: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -35,7 +35,7 @@ def pick(
     samples: int | None, root: Path | None, as_json: bool,
 ) -> bool:  # fmt: skip
     """Pick, certify and explain; False where the requirements are not met on the test split."""
-    with _stages(console, not as_json) as progress:
+    with stages(console, not as_json) as progress:
         result = run_pick(
             run, requirements, to, samples=samples, root=None if root is None else str(root), progress=progress
         )
@@ -49,7 +49,7 @@ def pick(
 
 def check(console: Console, folder: Path, root: Path | None, *, as_json: bool) -> bool:
     """Re-verify a pick and list every finding; False where there is one."""
-    with _stages(console, not as_json) as progress:
+    with stages(console, not as_json) as progress:
         found = run_check(folder, root=None if root is None else str(root), progress=progress)
     if as_json:
         console.print_json(json.dumps(found.to_json()))

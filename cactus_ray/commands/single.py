@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import rich.box
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cactus_ray.bounds.graph import Graph, Params
-from cactus_ray.compression.levels import parse_level
+from cactus_ray.commands.pick import stages
+from cactus_ray.compression.levels import parse_levels
 from cactus_ray.config import DataConfig, ThreatConfig, parse
-from cactus_ray.data import SPLITS, load, subset
+from cactus_ray.data import SPLITS, load
+from cactus_ray.deploy.certificate import certify_file
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network, save
@@ -25,9 +28,7 @@ from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.space import load_space
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
-from cactus_ray.verification.cascade import VerificationSettings
-from cactus_ray.verification.cascade import verify as run_cascade
-from cactus_ray.verification.verdict import summary, wilson
+from cactus_ray.verification.cascade import SoundnessError, VerificationSettings
 
 
 def train(
@@ -70,61 +71,78 @@ def train(
         console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s", highlight=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Subject:
-    """What is verified: one network at one level."""
-
-    level: str
-    graph: Graph
-    params: Params
-
-
 def verify(
     console: Console, network: Path, *, data: str | None, root: Path | None, split: str, epsilon: str | None,
     levels: str | None, samples: int | None, seconds_per_sample: float, as_json: bool,
 ) -> None:  # fmt: skip
-    """Verdict counts for every level and radius. Raises UserError for bad input."""
+    """Verdict counts for every level and radius, always of the ONNX file that is or would be deployed.
+
+    Raises UserError for bad input, RunFailedError where a certified sample is falsified.
+    """
     if split not in SPLITS:
         raise ConfigError("--split", split, f"one of {', '.join(SPLITS)}")
-    onnx = network.suffix == ".onnx"
-    trained = None if onnx else load_network(network)
-    source = _data(data, root, trained)
-    threat = trained.config.threat if trained is not None and trained.config is not None else ThreatConfig(epsilon=0.0)
-    radii = _radii(epsilon, None if onnx else threat.epsilon)
-    subjects = _subjects(network, trained, levels, source, threat)
-    settings = VerificationSettings(seconds_per_sample=seconds_per_sample)
-    images, labels = load(source, (split,)).split(split)
-    indices = subset(len(labels), samples)
-    rows = []
-    for subject in subjects:
-        for radius in radii:
-            ball = ThreatConfig(epsilon=radius, domain=threat.domain)
-            verdicts = run_cascade(
-                subject.graph, subject.params, images[indices], labels[indices], indices.tolist(), ball, settings
-            )
-            rows.append({"level": subject.level, "epsilon": radius, "split": split, **summary(verdicts)})
+    settings = parse(VerificationSettings, {"seconds_per_sample": seconds_per_sample}, "--seconds-per-sample")
+    if network.suffix == ".onnx":
+        if levels is not None:
+            raise ConfigError("--levels", levels, "nothing: an ONNX file is one level already")
+        source, threat, files = _of_onnx(network, data, root)
+    else:
+        source, threat, files = _of_network(load_network(network), levels, data, root)
+    rows: list[dict[str, Any]] = []
+    with stages(console, not as_json) as progress:
+        for level, file in files:
+            for radius in _radii(epsilon, threat):
+                ball = ThreatConfig(epsilon=radius, domain=threat.domain if threat else (0.0, 1.0))
+                show = partial(_relabelled, progress, f"{level}, epsilon {radius:g}")
+                try:
+                    found = certify_file(file, source, split, ball, settings, samples=samples, progress=show)
+                except SoundnessError as error:
+                    raise RunFailedError(f"{network}: {error}") from error
+                rows.append({"level": level, "epsilon": radius, "split": split, **asdict(found.summary)})
     _print(console, rows, as_json)
 
 
-def _data(name: str | None, root: Path | None, trained: Network | None) -> DataConfig:
-    known = trained.config.data if trained is not None and trained.config is not None else None
-    if name is None and known is None:
-        raise UserError(
-            "--data: this file does not say what it was trained on; name the data set, such as --data mnist"
-        )
-    plain = {"name": name or (known.name if known else "")}
-    if root is not None or (known is not None and known.root is not None):
-        plain["root"] = str(root or (known.root if known else ""))
-    return parse(DataConfig, plain, "--data")
+def _relabelled(progress: Callable[[str, int, int], None], label: str, stage: str, done: int, total: int) -> None:
+    progress(f"{label}: {stage}", done, total)
 
 
-def _radii(text: str | None, default: float | None) -> list[float]:
+_Files = Iterable[tuple[str, bytes]]
+"""Levels and their ONNX files."""
+
+
+def _of_onnx(path: Path, data: str | None, root: Path | None) -> tuple[DataConfig, ThreatConfig | None, _Files]:
+    _, _, metadata = read_onnx(path)
+    name = data or metadata.get("cactus_ray.data")
+    if name is None:
+        raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
+    return _data(name, root, None), None, [(metadata.get("cactus_ray.level", "as stored"), path.read_bytes())]
+
+
+def _of_network(
+    trained: Network, levels: str | None, data: str | None, root: Path | None
+) -> tuple[DataConfig, ThreatConfig | None, _Files]:
+    config = trained.config
+    name = data or (config.data.name if config else None)
+    if name is None:
+        raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
+    source = _data(name, root, config.data if config else None)
+    threat = config.threat if config else None
+    domain = threat.domain if threat else (0.0, 1.0)
+    chosen = parse_levels((levels or "dense").split(","), "--levels")
+    return source, threat, ((str(level), at_level(trained, str(level), source, domain).file) for level in chosen)
+
+
+def _data(name: str, root: Path | None, trained_on: DataConfig | None) -> DataConfig:
+    if trained_on is not None and trained_on.name == name:
+        return trained_on if root is None else replace(trained_on, root=str(root))
+    return parse(DataConfig, {"name": name} | ({"root": str(root)} if root is not None else {}), "--data")
+
+
+def _radii(text: str | None, threat: ThreatConfig | None) -> list[float]:
     if text is None:
-        if default is None:
-            raise UserError(
-                "--epsilon: an ONNX file does not say against which radius; give one, such as --epsilon 0.1"
-            )
-        return [default]
+        if threat is None:
+            raise UserError("--epsilon: an ONNX file does not say which radius; give one, such as --epsilon 0.1")
+        return [threat.epsilon]
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
@@ -132,42 +150,18 @@ def _radii(text: str | None, default: float | None) -> list[float]:
     return [parse(ThreatConfig, {"epsilon": value}, "--epsilon").epsilon for value in values]
 
 
-def _subjects(
-    path: Path, trained: Network | None, levels: str | None, source: DataConfig, threat: ThreatConfig
-) -> Iterator[_Subject]:
-    if trained is None:
-        if levels is not None:
-            raise ConfigError("--levels", levels, "nothing: an ONNX file is one level already")
-        graph, params, metadata = read_onnx(path)
-        yield _Subject(metadata.get("cactus_ray.level", "as stored"), graph, params)
-        return
-    for text in (levels or "dense").split(","):
-        level = str(parse_level(text.strip(), "--levels"))
-        deployed = at_level(trained, level, source, threat.domain)
-        yield _Subject(level, deployed.graph, deployed.params)
-
-
 def _print(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.print_json(json.dumps(rows))
         return
-    table = Table(title=None)
-    for heading in (
-        "level",
-        "epsilon",
-        "samples",
-        "standard",
-        "certified",
-        "falsified",
-        "unknown",
-        "certified accuracy (95 %)",
-    ):
-        table.add_column(heading, justify="left" if heading == "level" else "right")
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("level", "epsilon", "standard", "certified", "falsified", "unknown", "95 %"):
+        table.add_column(heading, justify="left" if heading == "level" else "right", no_wrap=True)
     for row in rows:
-        low, high = wilson(row["n_certified"], row["samples"])
+        low, high = row["certified_interval"]
         table.add_row(
-            row["level"], f"{row['epsilon']:g}", str(row["samples"]), f"{row['standard_accuracy']:.2%}",
-            str(row["n_certified"]), str(row["n_falsified"]), str(row["n_unknown"]),
-            f"{row['certified_accuracy']:.2%} ({low:.2%} - {high:.2%})",
+            row["level"], f"{row['epsilon']:g}", f"{row['standard_accuracy']:.1%}", str(row["n_certified"]),
+            str(row["n_falsified"]), str(row["n_unknown"]), f"{100 * low:.1f}-{high:.1%}",
         )  # fmt: skip
     console.print(table)
+    console.print(f"{rows[0]['samples']} samples of the {rows[0]['split']} split", highlight=False)

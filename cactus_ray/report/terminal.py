@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,18 +24,18 @@ __all__ = ["StudyProgress", "front_table", "print_front", "print_status", "statu
 
 
 def front_table(points: Sequence[Point]) -> Table:
-    """The points that are on the front, smallest first, with both ends of the certified accuracy."""
-    table = Table(title="Front (selection split)", title_justify="left", caption_justify="left")
+    """The points that are on the front, smallest first, with both ends of the certified accuracy; 80 columns wide."""
+    table = Table(title="Front (selection split)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading, right in (
-        ("trial", False), ("level", False), ("method", False), ("bytes", True), ("certified", True), ("95 %", True),
-        ("upper end", True), ("standard", True), ("unknown", True),
+        ("trial", False), ("level", False), ("bytes", True), ("certified", True), ("95 %", True), ("at most", True),
+        ("standard", True),
     ):  # fmt: skip
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "level", overflow="fold")
     for p in sorted((p for p in points if p["on_front"]), key=lambda p: (p["bytes"], -p["certified_accuracy"])):
         low, high = wilson(p["n_certified"], p["samples"])
         cells = (
-            p["trial"], p["level"], p["method"], f"{p['bytes']:,}", f"{p['certified_accuracy']:.1%}",
-            f"{low:.1%} - {high:.1%}", f"{upper_end(p):.1%}", f"{p['standard_accuracy']:.1%}", str(p["n_unknown"]),
+            p["trial"], p["level"], f"{p['bytes']:,}", f"{p['certified_accuracy']:.1%}",
+            f"{100 * low:.1f}-{high:.1%}", f"{upper_end(p):.1%}", f"{p['standard_accuracy']:.1%}",
         )  # fmt: skip
         table.add_row(*(Text(str(cell)) for cell in cells))
     return table
@@ -43,15 +44,15 @@ def front_table(points: Sequence[Point]) -> Table:
 def status_table(space: Space, records: Records) -> Table:
     """One row per trial: how far it is, what it cost, why it ended."""
     seconds = seconds_by_trial(records)
-    table = Table()
-    for heading in ("trial", "status", "epochs", "verified", "certified", "training s", "verification s", "note"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trial", "status", "epochs", "levels", "certified", "train s", "verify s", "note"):
         right = heading not in ("trial", "status", "note")
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note", overflow="fold")
     for trial in records.trials.values():
         train, verify = seconds.get(trial.id, (0.0, 0.0))
         mean = trial.metrics.get("mean_certified_accuracy")
         cells = (
-            trial.id, trial.status, _epochs(trial), f"{len(trial.verdicts)}/{len(space.levels)} levels",
+            trial.id, trial.status, _epochs(trial), f"{len(trial.verdicts)}/{len(space.levels)}",
             "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", trial.error or "",
         )  # fmt: skip
         table.add_row(*(Text(str(cell)) for cell in cells))

@@ -115,6 +115,18 @@ def test_batch_norm_statistics_follow_the_clean_batches_as_torch_does(run_config
     torch.testing.assert_close(params["bn1.running_var"], reference.running_var, atol=1e-4, rtol=1e-4)
 
 
+def test_statistics_of_a_convolution_count_every_pixel(run_config: Any, few_digits: DataSet) -> None:
+    model = {"name": "cnn7", "width": 0.05}
+    config = run_config(model=model, train__epochs=1, train__batch_size=256, learning_rate=1e-9)
+    result = train(config, few_digits, report=go_on)
+    params = result.network.params
+    images = few_digits.split("train")[0] * params["normalize.scale"] + params["normalize.shift"]
+    reference = nn.BatchNorm2d(len(params["bn1.weight"]))
+    reference(nn.functional.conv2d(images, params["conv1.weight"], padding=1))
+    torch.testing.assert_close(params["bn1.running_mean"], reference.running_mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(params["bn1.running_var"], reference.running_var, atol=1e-6, rtol=1e-6)
+
+
 def test_non_finite_loss_ends_with_its_step(run_config: Any, few_digits: DataSet) -> None:
     images, _ = few_digits.split("train")
     config = run_config(method="ibp", train__epochs=3, train__batch_size=64)

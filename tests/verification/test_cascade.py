@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EPSILON, Subject
+from digits_subject import EPSILON, Subject
 from torch import Tensor, nn
 
 from cactus_ray.bounds import interval, linear

@@ -1,8 +1,12 @@
 """Balls that are exact in float32, exact arithmetic, memory errors, attacks."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import EPSILON, Subject
+from digits_subject import EPSILON, Subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,12 +15,13 @@ from cactus_ray.verification.soundness import (
     Batch,
     Model,
     ball_points,
-    exact_arithmetic,
     halving,
     is_out_of_memory,
     margins_at,
     proved,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -50,20 +55,44 @@ def test_margins_leave_out_the_label() -> None:
     assert proved(lower, torch.tensor([1, 0, 0, 0])).tolist() == [True, False, False, False]
 
 
-def test_exact_arithmetic_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    a = torch.rand(4, 4)
+SWITCHES = {
+    "as torch starts": "",
+    "older": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "newer": "torch.backends.fp32_precision = 'tf32'",
+    "newer, one backend": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+}
+CHECK = """
+import warnings; warnings.simplefilter("error")
+import torch
+from cactus_ray.verification.soundness import exact_arithmetic
+backends = torch.backends
+names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
+def state():
+    # none: torch's default, which is ieee
+    return [eval(f"backends.{name}.fp32_precision").replace("none", "ieee") for name in names]
+{change}
+before = state()
+try:
+    with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
+        assert set(state()) == {"ieee"}, state()
+        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype is torch.float32
+        raise ValueError("inside")
+except ValueError:
+    pass
+assert state() == before, (before, state())
+"""
 
-    def fails() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
-            assert not torch.backends.cudnn.allow_tf32
-            assert not torch.backends.cuda.matmul.allow_tf32
-            assert (a @ a).dtype is torch.float32
-            raise ValueError("inside")
 
-    with pytest.raises(ValueError, match="inside"):
-        fails()
-    assert torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has the older switches only"
+)
+def test_short_products_are_off_and_restored(name: str) -> None:
+    """In a process of its own: torch does not forget that a switch was touched."""
+    code = CHECK.replace("{change}", SWITCHES[name])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_halving_visits_every_position_once() -> None:
