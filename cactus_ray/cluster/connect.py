@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
 
@@ -45,12 +46,20 @@ def connected(
             # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
             ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=needs_dashboard,
                      log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
+            _close_token_file()
         else:
             _join(address)
     try:
         yield dict(ray.cluster_resources())
     finally:
         ray.shutdown()
+
+
+def _close_token_file() -> None:
+    """Ray writes the token of a local cluster readable by all; whoever reads it may run code as this user."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    with contextlib.suppress(OSError):  # not there, or not ours
+        path.chmod(0o600)
 
 
 def _join(address: str) -> None:

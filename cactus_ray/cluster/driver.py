@@ -91,7 +91,7 @@ class Desk:
                     self.study.epoch(trial, **content)
                 elif kind == "trained":
                     chunks = self.study.trained(trial, **content)
-                    self.pool.submit(chunks, content["network"])
+                    self.pool.submit(chunks, content["networks"][content["chosen"]])
                 else:
                     self.study.failed(trial, **content)
             if messages:

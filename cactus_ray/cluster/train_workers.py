@@ -102,7 +102,7 @@ def _train_direct(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) 
         return True
 
     result = _run_loop(run, job, report=report, device=device)
-    _mail_result(trial, result, mailbox)
+    _mail_result(trial, result, parse(RunConfig, run).train.keep, mailbox)
 
 
 def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult:
@@ -116,10 +116,11 @@ def _epoch_message(epoch: EpochReport) -> dict[str, Any]:
     return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": dict(epoch.metrics)}
 
 
-def _mail_result(trial: str, result: TrainResult, mailbox: Any) -> None:
+def _mail_result(trial: str, result: TrainResult, keep: str, mailbox: Any) -> None:
     import ray
 
-    content = {"network": pack(result.network), "epochs": result.epochs, "seconds": result.seconds}
+    networks = {"last": pack(result.last), "best": pack(result.best)}
+    content = {"networks": networks, "chosen": keep, "epochs": result.epochs, "seconds": result.seconds}
     ray.get(mailbox.put.remote(("trained", trial, content)))
 
 
@@ -176,7 +177,7 @@ def _worker(config: dict[str, Any]) -> None:
         state=_saved_state(),
     )
     if workers.rank == 0:
-        _mail_result(config["trial"], result, config["mailbox"])
+        _mail_result(config["trial"], result, parse(RunConfig, config["run"]).train.keep, config["mailbox"])
 
 
 def _saved_state() -> bytes | None:

@@ -35,7 +35,8 @@ def train(
     console: Console, space_file: Path, overrides: Mapping[str, str], to: Path, *,
     init: Path | None, trust_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train the one configuration that a space with every parameter fixed describes, and write its network file.
+    """Train the one configuration that a space with every parameter fixed describes, and write its network files:
+    ``to`` as ``train.keep`` says, and beside it the best (on selection) or the last one.
 
     Raises UserError naming the parameters that have no value yet, RunFailedError where the loss is not finite.
     """
@@ -64,6 +65,8 @@ def train(
             raise RunFailedError(f"training: {error}") from error
     to.parent.mkdir(parents=True, exist_ok=True)
     save(result.network, to)
+    other = "best" if config.train.keep == "last" else "last"
+    save(result.best if other == "best" else result.last, to.with_suffix(f".{other}.safetensors"))
     summary_ = {"network": str(to), "config_hash": config.config_hash, "seconds": result.seconds, **result.history[-1]}
     if as_json:
         console.print_json(json.dumps(summary_))

@@ -25,7 +25,9 @@ __all__ = ["StudyProgress", "front_table", "print_front", "print_status", "statu
 
 def front_table(points: Sequence[Point]) -> Table:
     """The points that are on the front, smallest first, with both ends of the certified accuracy; 80 columns wide."""
-    table = Table(title="Front (selection split)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Front (selection split)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for heading, right in (
         ("trial", False), ("level", False), ("bytes", True), ("certified", True), ("95 %", True), ("at most", True),
         ("standard", True),

@@ -163,8 +163,18 @@ class Study:
         """An epoch of a trial ended."""
         self._emit({"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
 
-    def trained(self, trial: str, network: bytes, epochs: int, seconds: float) -> list[Chunk]:
-        """Training ended: keep the network and say what has to be verified."""
+    def trained(
+        self, trial: str, networks: Mapping[str, bytes], chosen: str, epochs: int, seconds: float
+    ) -> list[Chunk]:
+        """Training ended: keep its networks (``last`` and ``best``) and say what has to be verified of the chosen one.
+
+        The chosen one is ``checkpoints/TRIAL.safetensors``, another one ``checkpoints/TRIAL.best.safetensors`` or
+        ``.last``.
+        """
+        network = networks[chosen]
+        for name, other in networks.items():
+            if other != network:
+                self.store.save_checkpoint(f"{trial}.{name}", other)
         path = self.store.save_checkpoint(trial, network)
         self._emit(
             {

@@ -125,3 +125,21 @@ def test_a_loss_that_is_not_finite_ends_with_its_step_and_status_1(
     assert cli.run(["train", SMOKE, *FIXED, "--set", "train.l1=1e38", "--out", str(path)]) == 1
     assert "not finite at step 1" in capsys.readouterr().err
     assert not path.exists()
+
+
+def test_a_users_own_residual_network_is_trained_and_certified_at_every_kind_of_level(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    space, network = tmp_path / "own.yaml", tmp_path / "own.safetensors"
+    factory = "{factory: 'own_network:residual'}"
+    space.write_text((SPACES / "smoke.yaml").read_text().replace("{name: cnn_small}", factory))
+    assert cli.run(["train", str(space), *FIXED[:-4], "--trust-code", "--out", str(network)]) == 0
+    capsys.readouterr()
+    levels = "dense,prune:gs-l2:0.25+rebn+int8,prune:gu-grad:0.5+int4,bf16"
+    arguments = ["verify", str(network), "--levels", levels, "--epsilon", "0.01", "--samples", "40", "--json"]
+    assert cli.run(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["level"] for row in rows] == levels.split(",")
+    assert rows[0]["standard_accuracy"] > 0.5
+    assert rows[0]["n_certified"] > 0

@@ -51,7 +51,7 @@ def result(chunk: Chunk, verdict: str = "CERTIFIED", measures: dict[str, int] = 
 
 def complete(study: Study) -> str:
     trial = started(study).id
-    for chunk in study.trained(trial, b"network", 1, 2.0):
+    for chunk in study.trained(trial, {"last": b"network"}, "last", 1, 2.0):
         study.verified(result(chunk))
     return trial
 
@@ -59,7 +59,7 @@ def complete(study: Study) -> str:
 def test_a_trial_is_complete_when_every_chunk_of_every_level_is_verified(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     trial = started(study).id
-    chunks = study.trained(trial, b"network", 1, 2.0)
+    chunks = study.trained(trial, {"last": b"network"}, "last", 1, 2.0)
     assert [c.id for c in chunks] == [f"{trial}/{level}/{i}" for level in ("dense", "int8") for i in (0, 1)]
     for chunk in chunks[:-1]:
         study.verified(result(chunk))
@@ -74,9 +74,20 @@ def test_a_trial_is_complete_when_every_chunk_of_every_level_is_verified(space: 
     assert record.metrics["certified_accuracy@int8"] == pytest.approx(2 / 3)
 
 
+def test_best_and_last_are_both_kept_and_the_chosen_one_is_verified(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    trial = started(study).id
+    study.trained(trial, {"last": b"late", "best": b"good"}, "best", 1, 2.0)
+    folder = tmp_path / "checkpoints"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        f"{trial}.safetensors": b"good", f"{trial}.last.safetensors": b"late",
+    }  # fmt: skip
+    assert read_records(tmp_path).trials[trial].checkpoint == f"checkpoints/{trial}.safetensors"
+
+
 def test_a_chunk_that_is_delivered_twice_counts_once(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
-    chunks = study.trained(started(study).id, b"network", 1, 2.0)
+    chunks = study.trained(started(study).id, {"last": b"network"}, "last", 1, 2.0)
     study.verified(result(chunks[0]))
     before = (tmp_path / "trials.jsonl").read_bytes()
     study.verified(result(chunks[0], "FALSIFIED"))
@@ -98,7 +109,7 @@ def test_failed_and_stopped_trials_count_but_have_no_points(space: Space, tmp_pa
 def test_a_trial_that_failed_during_verification_never_reaches_the_front(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     trial = started(study).id
-    chunks = study.trained(trial, b"network", 1, 2.0)
+    chunks = study.trained(trial, {"last": b"network"}, "last", 1, 2.0)
     study.verified(result(chunks[0]))
     study.failed(trial, "level int8: overflow")
     study.verified(result(chunks[1]))  # late news of a trial that is over
@@ -109,7 +120,7 @@ def test_a_trial_that_failed_during_verification_never_reaches_the_front(space: 
 def test_a_level_whose_verifiers_all_died_fails_the_trial(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     trial = started(study).id
-    for chunk in study.trained(trial, b"network", 1, 2.0):
+    for chunk in study.trained(trial, {"last": b"network"}, "last", 1, 2.0):
         measures = MEASURES if chunk.level == "dense" else {}
         study.verified(result(chunk, "UNKNOWN" if not measures else "CERTIFIED", measures))
     record = read_records(tmp_path).trials[trial]
@@ -121,7 +132,7 @@ def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_pa
     first = begin(space, tmp_path)
     done = complete(first)
     waiting = started(first).id
-    first.trained(waiting, b"network", 1, 2.0)
+    first.trained(waiting, {"last": b"network"}, "last", 1, 2.0)
     training = started(first)
     points = read_records(tmp_path).points()
 
@@ -133,7 +144,7 @@ def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_pa
     assert (again.id, again.config) == (training.id, training.config)
     for chunk in chunks:
         second.verified(result(chunk))
-    for chunk in second.trained(again.id, b"other", 1, 2.0):
+    for chunk in second.trained(again.id, {"last": b"other"}, "last", 1, 2.0):
         second.verified(result(chunk))
     assert second.done
     records = read_records(tmp_path)
