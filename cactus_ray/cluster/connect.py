@@ -44,7 +44,7 @@ def connected(
         warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
         if address is None:
             # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
-            ray.init(address="local", num_cpus=cpus or os.cpu_count(), include_dashboard=needs_dashboard,
+            ray.init(address="local", num_cpus=cpus or _enough_cpus(), include_dashboard=needs_dashboard,
                      log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
             _close_token_file()
         else:
@@ -53,6 +53,11 @@ def connected(
         yield dict(ray.cluster_resources())
     finally:
         ray.shutdown()
+
+
+def _enough_cpus() -> int | None:
+    """What Ray finds itself, but two logical CPUs at least: a trial and a verifier can share one core."""
+    return None if (os.cpu_count() or 1) > 1 else 2
 
 
 def _close_token_file() -> None:

@@ -6,6 +6,7 @@ verifiers. A trial of Tune ends with its training, so a network that waits for v
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import logging
 import shutil
@@ -81,6 +82,7 @@ class Desk:
             with self.changed:
                 self.error = error
                 self.changed.notify_all()
+            _thread.interrupt_main()  # Tune would wait for the trials that train, for hours perhaps
 
     def take_mail(self) -> None:
         """Handle every message that the trainers have sent so far."""
@@ -196,6 +198,9 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
             desk.start()
             try:
                 _tune(desk, _job(space, shares, folder, options), shares, folder)
+            except KeyboardInterrupt:
+                if desk.error is None:
+                    raise
             finally:
                 desk.close()
                 pool.close()

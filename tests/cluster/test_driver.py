@@ -16,6 +16,7 @@ from cactus_ray.cluster.driver import DriverOptions, run_study
 from cactus_ray.cluster.verifier_pool import ChunkFailure, VerifierContext, VerifierPool
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
+from cactus_ray.errors import RunFailedError
 from cactus_ray.models.network import load as load_network
 from cactus_ray.models.network import pack
 from cactus_ray.search.space import Space, parse_space
@@ -91,6 +92,39 @@ def test_a_study_at_concurrency_one_is_reproducible_and_failures_stay_off_the_fr
     assert "not finite at step" in str(failed.error)
     assert failed.id not in {p["trial"] for p in with_front(once, tiny.front)}
     assert len(once.points()) == 4
+
+
+def test_a_training_process_that_dies_fails_its_trial_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the workers
+    monkeypatch.setenv("CACTUS_TEST_DRIVER", str(os.getpid()))
+    deadly = space(model={"factory": "deadly_network:deadly"}, parameters={"method": {"value": "ibp"}})
+    study = Study(deadly, RunStore(tmp_path), Records(), list(range(40)))
+    study.begin({"name": "tiny", "seed": 0}, REFERENCE)
+    run_study(study, DriverOptions(cpus=2, trust_code=True))
+    records = read_records(tmp_path)
+    assert records.trials["t0001"].status == "failed"
+    assert "died" in str(records.trials["t0001"].error)
+    assert records.points() == []
+
+
+def test_a_falsified_certificate_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = Study(space(), RunStore(tmp_path), Records(), list(range(40)))
+    study.begin({"name": "tiny", "seed": 0}, REFERENCE)
+
+    def unsound(self: VerifierPool, timeout: float) -> list[ChunkResult | ChunkFailure]:
+        time.sleep(timeout)
+        if not self.queue:
+            return []
+        return [ChunkFailure(self.queue.popleft().chunk, "unsound ibp bound of sample 3", unsound=True)]
+
+    monkeypatch.setattr(VerifierPool, "poll", unsound)
+    with pytest.raises(RunFailedError, match=r"t0001.*sample 3.*trusted"):
+        run_study(study, DriverOptions(cpus=2))
+    records = read_records(tmp_path)
+    assert records.finished is not None
+    assert records.finished["status"] == "failed"
+    assert records.points() == []
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,9 +30,11 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"NETRC": os.devnull}
 
 
-def cactus_ray(*arguments: object, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(), check=False)
+def cactus_ray(
+    *arguments: object, timeout: float = 240.0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command, whole = [*COMMAND, *(str(a) for a in arguments)], {**environment(), **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=whole, check=False)
 
 
 def start(*arguments: object) -> "subprocess.Popen[str]":
@@ -161,3 +165,37 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     assert records.finished["status"] == "interrupted"
     assert len(rows(run / "points.csv")) == len(records.points()) > 0
     assert (run / "report.html").exists()
+
+
+def test_a_running_ray_is_joined_and_a_wrong_token_refused(tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, client_port = one.getsockname()[1], two.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+        f"--ray-client-server-port={client_port}", "--include-dashboard=false",
+    ]  # fmt: skip
+    whole = {**environment(), **token}
+    head = subprocess.Popen(command, env=whole, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    space = ("search", SMOKE, "--runs", tmp_path, "--trials", 1, "--address", f"127.0.0.1:{port}")
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not listens(port):
+            time.sleep(0.2)
+        joined = cactus_ray(*space, env=token)
+        assert joined.returncode == 0, joined.stderr
+        assert [t.status for t in read_records(tmp_path / "smoke").trials.values()] == ["completed"]
+        stranger = cactus_ray(*space, "--name", "other", env={**token, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+        assert stranger.returncode == 2
+        assert f"127.0.0.1:{port}" in stranger.stderr
+        assert head.poll() is None  # a cluster that we only joined goes on
+    finally:
+        head.terminate()
+        head.wait(timeout=30)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
