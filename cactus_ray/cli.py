@@ -198,14 +198,36 @@ def verify(
     levels: Annotated[str | None, typer.Option(help="Levels of a network file, separated by commas.")] = None,
     samples: Samples = None,
     seconds_per_sample: Annotated[float, typer.Option(min=0, help="Time limit; 0: none beyond the cascade.")] = 0.0,
+    radius: Annotated[
+        bool, typer.Option("--radius", help="Find the largest certified radius per sample, up to --epsilon.")
+    ] = False,
+    vnnlib: Annotated[
+        Path | None, typer.Option(help="Decide this VNN-LIB specification (.vnnlib or .vnnlib.gz) of an ONNX file.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for --vnnlib.")] = 60.0,
+    to: Annotated[
+        Path | None,
+        typer.Option("--out", help="File for the result of --vnnlib, or for results per sample (.jsonl; resumable)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Certify a network: per radius and level, what is certified, falsified and unknown."""
+    """Certify a network: per radius and level, what is certified, falsified and unknown; or decide a specification."""
+    if vnnlib is not None:
+        from cactus_ray.commands.vnnlib import verify_vnnlib
+
+        data_options = {
+            "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
+            "--radius": radius or None,
+        }  # fmt: skip
+        if given := [name for name, value in data_options.items() if value is not None]:
+            raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
+        verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
+        return
     from cactus_ray.commands.single import verify as run_verify
 
     run_verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
-        seconds_per_sample=seconds_per_sample, as_json=as_json,
+        seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
     )  # fmt: skip
 
 

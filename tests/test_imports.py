@@ -8,6 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cactus_ray"
 CORE = {"bounds", "compression", "training", "verification", "models", "data", "config", "errors"}
 CORE_LIBRARIES = {"torch", "numpy", "torchvision", "sklearn", "PIL", "safetensors", "cactus_ray"}
+OPTIONAL = {"verification/lirpa.py": {"auto_LiRPA"}}
+"""Libraries that one file may import, by name when they are asked for, and that nothing else needs."""
 FORBIDDEN = {
     **{room: {"interchange", "search", "cluster", "report", "deploy", "commands", "cli"} for room in CORE},
     "interchange": {"search", "cluster", "report", "deploy", "commands", "cli"},
@@ -30,6 +32,16 @@ def imports(source: str) -> set[str]:
     return found
 
 
+def named_imports(source: str) -> set[str]:
+    """Top names of what a file imports by ``importlib.import_module("...")``."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return {
+        str(call.args[0].value).split(".")[0]
+        for call in calls
+        if ast.unparse(call.func).endswith("import_module") and call.args and isinstance(call.args[0], ast.Constant)
+    }
+
+
 def rooms(names: set[str]) -> set[str]:
     return {parts[1] for name in names if (parts := name.split("."))[0] == "cactus_ray" and len(parts) > 1}
 
@@ -50,6 +62,16 @@ def test_imports_run_one_way(room: str) -> None:
     }
     assert files(room), f"no such room: {room}"
     assert not wrong
+
+
+def test_only_the_adapter_asks_for_an_optional_library() -> None:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        asked = named_imports(path.read_text()) | {name.split(".")[0] for name in imports(path.read_text())}
+        everywhere = {"auto_LiRPA"} & asked
+        assert everywhere <= OPTIONAL.get(place, set()), f"{place}: {sorted(everywhere)}"
+        assert place not in OPTIONAL or everywhere == OPTIONAL[place]
+        assert place not in OPTIONAL or not OPTIONAL[place] & {n.split(".")[0] for n in imports(path.read_text())}
 
 
 @pytest.mark.parametrize("room", sorted(CORE))

@@ -10,6 +10,10 @@ from cactus_ray.bounds.graph import Node, Params, batch_norm_affine
 from cactus_ray.bounds.rows import Rows, Shape
 from cactus_ray.errors import UnsupportedGraphError
 
+MATRIX_INPUTS, MATRIX_WASTE = 512, 8
+"""A convolution is read backward by a matrix for windows of at most so many coefficients, and products per useful
+one."""
+
 
 def pull_linear(node: Node, params: Params, rows: Rows, shape: Shape) -> tuple[Rows, Tensor | float]:
     """Forms over a linear node's input (of the given shape) that equal forms over its output, and their constants."""
@@ -48,7 +52,7 @@ def _pull_conv(node: Node, params: Params, rows: Rows, shape: Shape) -> tuple[Ro
     flat = rows.coefficients.flatten(0, 1)
     kernel = weight.shape[-2:]
     if rows.origin is not None:  # the window grows; the padding's share of it is cut off
-        grown = F.conv_transpose2d(flat, weight, None, stride, 0, 0, node["groups"], dilation)
+        grown = _grow(node, weight, flat)
         scale, offset = torch.tensor([stride, padding], device=rows.origin.device)
         window = Rows(grown.view(*rows.coefficients.shape[:2], *grown.shape[1:]), rows.origin * scale - offset)
         return window.inside(shape), constant
@@ -58,6 +62,28 @@ def _pull_conv(node: Node, params: Params, rows: Rows, shape: Shape) -> tuple[Ro
     ]
     full = F.conv_transpose2d(flat, weight, None, stride, padding, extra, node["groups"], dilation)
     return Rows(full.view(*rows.coefficients.shape[:2], *shape)), constant
+
+
+def _grow(node: Node, weight: Tensor, windows: Tensor) -> Tensor:
+    """The transposed convolution of windows [R, C, h, w] without padding: larger windows.
+
+    Small windows go through one matrix: a transposed convolution of very many very small maps is mostly overhead. The
+    matrix holds the kernel's entries and zeros, so its sums round no worse.
+    """
+    stride, dilation = node["stride"], node["dilation"]
+    (channels, height, width), (_, targets, *kernel) = windows.shape[1:], weight.shape
+    span = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    size = [stride[0] * (height - 1) + span[0], stride[1] * (width - 1) + span[1]]
+    wasteful = size[0] * size[1] > MATRIX_WASTE * kernel[0] * kernel[1]
+    if node["groups"] > 1 or wasteful or channels * height * width > min(len(windows), MATRIX_INPUTS):
+        return F.conv_transpose2d(windows, weight, None, stride, 0, 0, node["groups"], dilation)
+    matrix = weight.new_zeros(channels, height, width, targets, *size)
+    for y in range(height):
+        rows = slice(stride[0] * y, stride[0] * y + span[0], dilation[0])
+        for x in range(width):
+            columns = slice(stride[1] * x, stride[1] * x + span[1], dilation[1])
+            matrix[:, y, x, :, rows, columns] = weight
+    return (windows.flatten(1) @ matrix.flatten(0, 2).flatten(1)).view(len(windows), targets, *size)
 
 
 def _pull_avg_pool(node: Node, rows: Rows, shape: Shape) -> Tensor:

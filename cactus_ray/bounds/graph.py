@@ -25,8 +25,11 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 """Batch-norm mean and (biased) variance, each of shape [C], by the name of the node."""
 
 OPERATORS = (
-    "input", "conv2d", "linear", "batch_norm", "scale_shift", "relu", "max_pool2d", "avg_pool2d", "flatten", "add",
+    "input", "conv2d", "linear", "batch_norm", "scale_shift", "relu", "leaky_relu", "max_pool2d", "avg_pool2d",
+    "flatten", "add",
 )  # fmt: skip
+RELUS = ("relu", "leaky_relu")
+"""Operators that keep what is positive and multiply what is negative by ``slope_of``."""
 BUFFERS = ("running_mean", "running_var", "scale", "shift")
 
 
@@ -36,7 +39,8 @@ class Node:
 
     Attributes by operator (pairs are (height, width)):
     conv2d: stride, padding, dilation (pairs), groups; batch_norm: eps, momentum;
-    max_pool2d: kernel, stride, padding (pairs); avg_pool2d: kernel, stride, padding (pairs), count_include_pad.
+    leaky_relu: slope, between 0 and 1; max_pool2d: kernel, stride, padding (pairs);
+    avg_pool2d: kernel, stride, padding (pairs), count_include_pad.
     """
 
     name: str
@@ -182,6 +186,8 @@ def apply_node(node: Node, params: Params, inputs: list[Tensor], statistics: Sta
             return torch.addcmul(per_channel(shift, x), x, per_channel(scale, x))
         case "relu":
             return F.relu(x)
+        case "leaky_relu":
+            return F.leaky_relu(x, node["slope"])
         case "max_pool2d":
             return F.max_pool2d(x, node["kernel"], node["stride"], node["padding"])
         case "avg_pool2d":
@@ -191,6 +197,17 @@ def apply_node(node: Node, params: Params, inputs: list[Tensor], statistics: Sta
         case "add":
             return inputs[0] + inputs[1]
     raise UnsupportedGraphError(f"operator {node.op!r} of node {node.name!r}")
+
+
+def slope_of(node: Node) -> float:
+    """What a ReLU or leaky ReLU multiplies negative inputs by; in [0, 1], so that it is convex and monotone.
+
+    Raises UnsupportedGraphError for a slope outside, for which the bounds would not be sound.
+    """
+    slope = float(node.attributes.get("slope", 0.0))
+    if not 0 <= slope <= 1:
+        raise UnsupportedGraphError(f"{node.op} {node.name!r} with slope = {slope!r}; understood is 0 <= slope <= 1")
+    return slope
 
 
 def conv2d(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

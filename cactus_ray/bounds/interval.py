@@ -1,13 +1,14 @@
 """Interval bound propagation in midpoint-radius form (Gowal et al. 2018, Eq. 6-7).
 
 Every function is differentiable, and sound in real arithmetic: the box of a node contains every value that the node
-takes on the input box. Rounding is not charged here.
+takes on the input box. With a ``Rounding`` also every value that floating point can compute there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from cactus_ray.bounds.graph import (
     per_channel,
 )
 
+if TYPE_CHECKING:
+    from cactus_ray.bounds.rounding import Rounding
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -35,7 +39,7 @@ class Box:
 
     @staticmethod
     def between(lower: Tensor, upper: Tensor) -> Box:
-        return Box((lower + upper) / 2, (upper - lower) / 2)
+        return Box((lower + upper) * 0.5, (upper - lower) * 0.5)  # as exact as a division, and faster
 
     @property
     def lower(self) -> Tensor:
@@ -62,14 +66,20 @@ def propagate(
     statistics: Statistics | None = None,
     until: str | None = None,
     visit: Callable[[Node, Box], object] | None = None,
+    rounding: Rounding | None = None,
 ) -> Box:
     """Box of the logits, or of node ``until``. ``visit`` sees every node with its box.
 
-    ``statistics``: batch-norm statistics to use instead of the running ones.
+    ``statistics``: batch-norm statistics to use instead of the running ones, without ``rounding``.
+    ``rounding``: boxes of what is computed in its arithmetic, the rounding of the boxes themselves included.
     """
     boxes: dict[str, Box] = {}
     for node in graph.nodes:
-        y = box if node.op == "input" else step(node, params, [boxes[i] for i in node.inputs], statistics)
+        inputs = [boxes[i] for i in node.inputs]
+        if node.op == "input":
+            y = box if rounding is None else rounding.seal(box)
+        else:
+            y = step(node, params, inputs, statistics) if rounding is None else rounding.step(node, params, inputs)
         boxes[node.name] = y
         if visit is not None:
             visit(node, y)
@@ -94,7 +104,9 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
             else:
                 scale = params[f"{node.name}.scale"]
             return Box(apply_node(node, params, [x.center], statistics), x.radius * per_channel(scale.abs(), x.radius))
-        case "relu" | "max_pool2d":  # monotone: ends go to ends
+        case "relu":  # monotone: ends go to ends, which are new tensors
+            return Box.between(x.lower.relu_(), x.upper.relu_())
+        case "leaky_relu" | "max_pool2d":
             return Box.between(apply_node(node, params, [x.lower]), apply_node(node, params, [x.upper]))
         case "avg_pool2d":
             return Box(avg_pool2d(node, x.center), avg_pool2d(node, x.radius))
@@ -111,18 +123,25 @@ def margins(
     *,
     statistics: Statistics | None = None,
     visit: Callable[[Node, Box], object] | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
-    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label. ``visit``: see propagate.
+    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label.
 
-    Where the network ends in a linear layer, it is merged with the difference ("elided"), which is tighter.
+    ``statistics``, ``visit``, ``rounding``: see propagate. Where the network ends in a linear layer, it is merged with
+    the difference ("elided"), which is tighter; what is deployed rounds both logits, so both are charged.
     """
     last = graph.output
     if last.op != "linear":
-        out = propagate(graph, params, box, statistics=statistics, visit=visit)
+        out = propagate(graph, params, box, statistics=statistics, visit=visit, rounding=rounding)
+        out = out if rounding is None else rounding.seal(out)
         lower = out.lower.gather(1, labels[:, None]) - out.upper
         return lower.scatter(1, labels[:, None], 0.0)
-    x = propagate(graph, params, box, statistics=statistics, until=last.inputs[0], visit=visit)
+    x = propagate(graph, params, box, statistics=statistics, until=last.inputs[0], visit=visit, rounding=rounding)
     weight, bias = params[f"{last.name}.weight"], params.get(f"{last.name}.bias")
     difference = weight[labels][:, None, :] - weight[None]  # [N, classes, features]
     lower = torch.einsum("nkf,nf->nk", difference, x.center) - torch.einsum("nkf,nf->nk", difference.abs(), x.radius)
-    return lower if bias is None else lower + bias[labels][:, None] - bias[None]
+    lower = lower if bias is None else lower + bias[labels][:, None] - bias[None]
+    charge = None if rounding is None else rounding.charge(last, params, [x])
+    if charge is None:
+        return lower
+    return (lower - (charge.gather(1, labels[:, None]) + charge)).scatter(1, labels[:, None], 0.0)

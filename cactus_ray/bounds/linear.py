@@ -1,6 +1,6 @@
 """Linear bounds propagated backward (CROWN: Zhang et al. 2018; Xu et al. 2020), over boxes of every node.
 
-Sound in real arithmetic: rounding is not charged here. Decisions are taken in float64, so give float64 tensors.
+Sound in real arithmetic, with a ``Rounding`` in floating point. Decisions are taken in float64: give float64 tensors.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cactus_ray.bounds import interval
 from cactus_ray.bounds.adjoint import pull_linear, unbroadcast
-from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.bounds.graph import RELUS, Graph, Params
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.relaxation import Relaxation, relax
+from cactus_ray.bounds.rounding import UNDERFLOW, Rounding
 from cactus_ray.bounds.rows import Rows, Shape, unit_rows
 
 CPU_BYTES, DEVICE_BYTES = 1 << 22, 1 << 30
@@ -53,20 +54,23 @@ def crown_margins(
     *,
     known: Tensor | None = None,
     effort: Effort = FULL_EFFORT,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box; 0 at j = label.
 
     Never below ``known``, lower bounds that the caller already has (default: ``interval.margins``); classes whose
     known bound is positive are not bounded again. NaN stays NaN. The tensors' dtype decides the precision.
+    ``rounding``: bounds of what is computed in its arithmetic, the rounding of the bounds themselves included; then
+    ``known`` must be, too.
     """
     if known is None:
-        known = interval.margins(graph, params, box, labels)
+        known = interval.margins(graph, params, box, labels, rounding=rounding)
     wanted = ~(known > 0)
     wanted = wanted.scatter(1, labels[:, None], False)
     samples = wanted.any(1).nonzero()[:, 0]
     if len(samples) == 0:
         return known
-    boxes = intermediate_boxes(graph, params, Box(box.center[samples], box.radius[samples]), effort)
+    boxes = intermediate_boxes(graph, params, Box(box.center[samples], box.radius[samples]), effort, rounding)
     labels, wanted = labels[samples], wanted[samples]
     order = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
 
@@ -76,7 +80,7 @@ def crown_margins(
         rows.scatter_(2, labels[chunk, None, None].expand(-1, others.shape[1], 1), 1.0)
         return Rows(rows.scatter_add_(2, others[..., None], rows.new_full((*others.shape, 1), -1.0)))
 
-    relaxed = Relaxed.on(graph, params, boxes, graph.output.name)
+    relaxed = Relaxed.on(graph, params, boxes, graph.output.name, rounding)
     found = box.center.new_full(wanted.shape, -torch.inf)
     for chunk, start, stop, bound in relaxed.sweep(wanted.sum(1), differences, effort.memory):
         found[chunk[:, None], order[chunk, start:stop]] = bound
@@ -86,23 +90,32 @@ def crown_margins(
     return known.index_put((samples,), torch.where(wanted, better, old))
 
 
-def intermediate_boxes(graph: Graph, params: Params, box: Box, effort: Effort = FULL_EFFORT) -> dict[str, Box]:
+def intermediate_boxes(
+    graph: Graph, params: Params, box: Box, effort: Effort = FULL_EFFORT, rounding: Rounding | None = None
+) -> dict[str, Box]:
     """Boxes of all nodes but the output, by name, over the input box.
 
     Nodes are boxed in order, each from the tightened boxes before it. Where a ReLU or max pooling reads a node whose
-    interval bounds are not exact, CROWN bounds its unstable neurons and the two are intersected.
+    interval bounds are not exact, CROWN bounds its unstable neurons and the two are intersected. ``rounding``: boxes of
+    what is computed in its arithmetic.
     """
     boxes: dict[str, Box] = {}
     mixing, readers = _mixing(graph), graph.consumers()
     for node in graph.nodes[:-1]:
-        boxes[node.name] = box if node.op == "input" else interval.step(node, params, [boxes[i] for i in node.inputs])
+        inputs = [boxes[i] for i in node.inputs]
+        if node.op == "input":
+            boxes[node.name] = box if rounding is None else rounding.seal(box)
+        else:
+            step = interval.step if rounding is None else rounding.step
+            boxes[node.name] = step(node, params, inputs)
         kinds = {reader.op for reader in readers[node.name]}
         late = effort.deadline is not None and time.perf_counter() >= effort.deadline
-        if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {"relu", "max_pool2d"} and not late:
+        if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {*RELUS, "max_pool2d"} and not late:
             looseness = _looseness(boxes[node.name], pooled="max_pool2d" in kinds)
-            boxes[node.name] = _tighten(
-                Relaxed.on(graph, params, boxes, node.name), boxes[node.name], looseness, effort
-            )
+            relaxed = Relaxed.on(graph, params, boxes, node.name, rounding)
+            boxes[node.name] = _tighten(relaxed, boxes[node.name], looseness, effort)
+            if rounding is not None:
+                boxes[node.name] = rounding.seal(boxes[node.name])
     return boxes
 
 
@@ -159,7 +172,10 @@ def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> B
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """The network up to node ``last`` with every ReLU and max pooling replaced by linear bounds, for N input boxes."""
+    """The network up to node ``last`` with every ReLU and max pooling replaced by linear bounds, for N input boxes.
+
+    ``charges`` [N, *shape] by node: what rounding costs per unit of a coefficient of that node's output.
+    """
 
     graph: Graph
     params: Params
@@ -167,38 +183,54 @@ class Relaxed:
     box: Box
     shapes: Mapping[str, Shape]
     relaxations: Mapping[str, Relaxation]
+    charges: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def on(graph: Graph, params: Params, boxes: Mapping[str, Box], last: str) -> Relaxed:
-        """``boxes`` holds sound boxes of the input and of every node before ``last``."""
+    def on(
+        graph: Graph, params: Params, boxes: Mapping[str, Box], last: str, rounding: Rounding | None = None
+    ) -> Relaxed:
+        """``boxes`` holds sound boxes of the input and of every node before ``last``, made with ``rounding``."""
         shapes = {name: tuple(b.center.shape[1:]) for name, b in boxes.items()}
         found: dict[str, Relaxation] = {}
         for node in graph.nodes:
-            if node.op in ("relu", "max_pool2d"):
+            if node.op in (*RELUS, "max_pool2d"):
                 found[node.name] = relax(node, boxes[node.inputs[0]])
             if node.name == last:
                 break
-        return Relaxed(graph, params, last, boxes[graph.nodes[0].name], shapes, found)
+        charges = {} if rounding is None else rounding.charges(graph, params, boxes)
+        return Relaxed(graph, params, last, boxes[graph.nodes[0].name], shapes, found, charges)
 
     def select(self, samples: Tensor) -> Relaxed:
         """The same for some of the samples."""
         box = Box(self.box.center[samples], self.box.radius[samples])
         some = {name: relaxation.select(samples) for name, relaxation in self.relaxations.items()}
-        return Relaxed(self.graph, self.params, self.last, box, self.shapes, some)
+        charges = {name: charge[samples] for name, charge in self.charges.items()}
+        return Relaxed(self.graph, self.params, self.last, box, self.shapes, some, charges)
 
     def lower_bounds(self, rows: Rows) -> Tensor:
         """Lower bounds [N, S] of linear forms over the last node's output."""
-        rows, bound = self.input_rows(rows)
-        return bound + rows.dot(self.box.center) - rows.absolute().dot(self.box.radius)
+        return self.smallest(*self.input_rows(rows))
+
+    def smallest(self, rows: Rows, bound: Tensor) -> Tensor:
+        """What ``input_rows`` gave, at its smallest over the input box [N, S]; rounding of the input is charged."""
+        radius = self.box.radius
+        if self.charges:
+            radius = radius + self.charges[self.graph.nodes[0].name]
+        return bound + rows.dot(self.box.center) - rows.absolute().dot(radius)
 
     def input_rows(self, rows: Rows) -> tuple[Rows, Tensor]:
-        """Forms over the input and constants [N, S] that are below the given forms over the last node's output."""
+        """Forms over the input and constants [N, S] that are below the given forms over the last node's output.
+
+        The charges of all nodes but the input's are inside the constants.
+        """
         pending = {self.last: rows}
-        bound = rows.coefficients.new_zeros(rows.coefficients.shape[:2])
+        bound = rows.coefficients.new_full(rows.coefficients.shape[:2], -UNDERFLOW if self.charges else 0.0)
         for node in reversed(self.graph.nodes):
             if node.name not in pending or node.op == "input":
                 continue
             rows = pending.pop(node.name)
+            if node.name in self.charges:
+                bound = bound - rows.absolute().dot(self.charges[node.name])
             shape = self.shapes[node.inputs[0]]
             if node.op == "add":
                 constant: Tensor | float = 0.0

@@ -1,6 +1,6 @@
 """Linear relaxations of the nodes that are not linear: ReLU and max pooling.
 
-Each is a pair of linear functions below and above the node on a box of its input, sound in real arithmetic. A NaN or
+Each is a pair of linear functions below and above the node on a box of its input, sound as rounded. A NaN or
 infinite box gives NaN slopes, so the bounds that use them are NaN and prove nothing.
 """
 
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cactus_ray.bounds.graph import Node
+from cactus_ray.bounds.graph import RELUS, Node, slope_of
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.rows import Rows, Shape, contract
 
 
 @dataclass(frozen=True, slots=True)
 class ReluRelaxation:
-    """``lower_slope * x <= relu(x) <= upper_slope * x + intercept``, elementwise; all [B, *shape]."""
+    """``lower_slope * x <= f(x) <= upper_slope * x + intercept`` for a (leaky) ReLU f, elementwise; all [B, *shape]."""
 
     lower_slope: Tensor
     upper_slope: Tensor
@@ -67,16 +67,25 @@ class MaxPoolRelaxation:
 
 Relaxation = ReluRelaxation | MaxPoolRelaxation
 
+SLACK = 16.0
+"""Machine epsilons of the largest term by which the line above is lifted: it stays above although its slope, its
+intercept and the ends of its box are rounded. Less than half of it is needed; the rest pays for sums of intercepts."""
 
-def relax_relu(box: Box) -> ReluRelaxation:
-    """Chord above; below the line of slope 0 or 1 that leaves less area (CROWN, Zhang et al. 2018, Sec. 3.3)."""
+
+def relax_relu(box: Box, slope: float = 0.0) -> ReluRelaxation:
+    """Chord above; below the branch that leaves less area (CROWN, Zhang et al. 2018, Sec. 3.3).
+
+    ``slope`` in [0, 1] is that of the negative branch: 0 for a ReLU, more for a leaky one.
+    """
     lower, upper = box.lower, box.upper
     on, off = lower >= 0, upper <= 0  # both false for NaN
-    one, zero = torch.ones_like(lower), torch.zeros_like(lower)
-    chord = upper / (upper - lower)
-    upper_slope = torch.where(on, one, torch.where(off, zero, chord))
-    intercept = torch.where(on | off, zero, -lower * chord)
-    lower_slope = torch.where(on | ((upper > -lower) & ~off), one, zero)
+    one, zero, leak = torch.ones_like(lower), torch.zeros_like(lower), torch.full_like(lower, slope)
+    chord = (upper - slope * lower) / (upper - lower)
+    upper_slope = torch.where(on, one, torch.where(off, leak, chord))
+    # the quotient first: a product of small ends would underflow. The slack covers the rounding of both coefficients
+    slack = SLACK * torch.finfo(lower.dtype).eps * (upper - slope * lower)
+    intercept = torch.where(on | off, zero, -lower * (1 - slope) * (upper / (upper - lower)) + slack)
+    lower_slope = torch.where(on | ((upper > -lower) & ~off), one, leak)
     broken = ~(torch.isfinite(lower) & torch.isfinite(upper))
     return ReluRelaxation(
         lower_slope.masked_fill(broken, torch.nan), upper_slope.masked_fill(broken, torch.nan), intercept
@@ -100,11 +109,12 @@ def relax_max_pool(node: Node, box: Box) -> MaxPoolRelaxation:
     rest = torch.maximum(lower, others)  # value of max(x_i, m) at x_i = l_i
     exact = lower >= others
     slope = torch.where(exact, torch.ones_like(upper), (upper - rest) / (upper - lower))
-    intercept = torch.where(exact, torch.zeros_like(upper), rest - slope * lower)
+    slack = SLACK * torch.finfo(lower.dtype).eps * (upper.abs() + lower.abs() + rest.abs())
+    intercept = torch.where(exact, torch.zeros_like(upper), rest - slope * lower) + slack
     broken = ~(torch.isfinite(lower) & torch.isfinite(upper) & ~torch.isnan(others))
     return MaxPoolRelaxation(below, above, slope.masked_fill(broken, torch.nan), intercept)
 
 
 def relax(node: Node, box: Box) -> Relaxation:
-    """The relaxation of a ReLU or max-pool node on a box of its input."""
-    return relax_relu(box) if node.op == "relu" else relax_max_pool(node, box)
+    """The relaxation of a (leaky) ReLU or max-pool node on a box of its input."""
+    return relax_relu(box, slope_of(node)) if node.op in RELUS else relax_max_pool(node, box)

@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward
+from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward, slope_of
 from cactus_ray.errors import UnsupportedGraphError
 
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Params]:
     """Graph and tensors (detached copies) of a module whose forward is static.
 
-    Understood: Linear, Conv2d, BatchNorm1d/2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d (to a divisor of its
-    input), Flatten, Identity, addition of two branches, and modules with tensors ``scale`` and ``shift`` that say
-    ``is_scale_shift = True`` (input normalisation). Raises UnsupportedGraphError that names anything else.
+    Understood: Linear, Conv2d, BatchNorm1d/2d, ReLU, LeakyReLU (slope in [0, 1]), MaxPool2d, AvgPool2d,
+    AdaptiveAvgPool2d (to a divisor of its input), Flatten, Identity, addition of two branches, and modules with tensors
+    ``scale`` and ``shift`` that say ``is_scale_shift = True`` (input normalisation). Raises UnsupportedGraphError that
+    names anything else.
     """
     try:
         traced = _Tracer().trace(module)
@@ -76,6 +77,7 @@ class _Builder:
         self.nodes.append(node)
         self.alias[source.name] = node.name
         inputs = [self.values[i] for i in node.inputs]
+        slope_of(node)  # refuses a leaky ReLU whose slope the bounds do not understand
         x = torch.zeros(1, *self.input_shape)
         with torch.no_grad():
             self.values[node.name] = x if node.op == "input" else apply_node(node, _cpu_float(self.params), inputs)
@@ -91,7 +93,7 @@ class _Builder:
         if isinstance(module, nn.Identity):
             self.alias[node.name] = self._input(node)
             return
-        if isinstance(module, nn.ReLU | nn.Flatten | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+        if isinstance(module, nn.ReLU | nn.LeakyReLU | nn.Flatten | nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d):
             name = node.name  # no tensors: the same module may be used many times
         inputs = (self._input(node),)
         attributes: dict[str, Any] = {}
@@ -112,6 +114,8 @@ class _Builder:
                 op, attributes = "batch_norm", {"eps": module.eps, "momentum": module.momentum}
             case nn.ReLU():
                 op = "relu"
+            case nn.LeakyReLU():
+                op, attributes = "leaky_relu", {"slope": _single(module.negative_slope)}
             case nn.Flatten():
                 if (module.start_dim, module.end_dim) != (1, -1):
                     raise UnsupportedGraphError(f"Flatten {name!r}: only start_dim=1, end_dim=-1")
@@ -146,6 +150,9 @@ class _Builder:
             self._append(node, Node(node.name, "add", (self._input(node, 0), self._input(node, 1))))
         elif target in ("relu", "relu_"):
             self._append(node, Node(node.name, "relu", (self._input(node),)))
+        elif target in ("leaky_relu", "leaky_relu_"):
+            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+            self._append(node, Node(node.name, "leaky_relu", (self._input(node),), {"slope": _single(slope)}))
         elif self._is_flatten(node, target):
             self._append(node, Node(node.name, "flatten", (self._input(node),)))
         elif target in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"):
@@ -231,6 +238,11 @@ def _check(module: nn.Module, graph: Graph, params: Params) -> None:
 
 def _cpu_float(params: Params) -> Params:
     return {k: v.cpu().float() for k, v in params.items()}
+
+
+def _single(value: Any) -> Any:
+    """A slope as float32, as torch and the runtimes compute with it; anything but a number as it is."""
+    return torch.tensor(value, dtype=torch.float32).item() if isinstance(value, int | float) else value
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

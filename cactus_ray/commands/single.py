@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cactus_ray.commands.pick import stages
+from cactus_ray.commands.results import Results, open_results
+from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
 from cactus_ray.compression.levels import parse_levels
-from cactus_ray.config import DataConfig, ThreatConfig, parse
+from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import SPLITS, load
-from cactus_ray.deploy.certificate import certify_file
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network, save
@@ -29,6 +32,9 @@ from cactus_ray.search.space import load_space
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
 from cactus_ray.verification.cascade import SoundnessError, VerificationSettings
+
+BATCH_OF_RESULTS = 20
+"""Samples at once where results are recorded: what a killed run loses at most."""
 
 
 def train(
@@ -76,11 +82,13 @@ def train(
 
 def verify(
     console: Console, network: Path, *, data: str | None, root: Path | None, split: str, epsilon: str | None,
-    levels: str | None, samples: int | None, seconds_per_sample: float, as_json: bool,
+    levels: str | None, samples: int | None, seconds_per_sample: float, radius: bool, to: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Verdict counts for every level and radius, always of the ONNX file that is or would be deployed.
 
-    Raises UserError for bad input, RunFailedError where a certified sample is falsified.
+    ``radius``: instead the largest certified radius of every sample, up to the largest of ``epsilon``. ``to``: a file
+    of results that are appended as they come; a second run with the same settings goes on where it ends. Raises
+    UserError for bad input, RunFailedError where a certified sample is falsified.
     """
     if split not in SPLITS:
         raise ConfigError("--split", split, f"one of {', '.join(SPLITS)}")
@@ -91,18 +99,47 @@ def verify(
         source, threat, files = _of_onnx(network, data, root)
     else:
         source, threat, files = _of_network(load_network(network), levels, data, root)
+    radii = [0.0] if radius and epsilon is None else _radii(epsilon, threat)
+    domain = threat.domain if threat else (0.0, 1.0)
+    largest = (max(radii) or domain[1] - domain[0]) if radius else None
     rows: list[dict[str, Any]] = []
-    with stages(console, not as_json) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(stages(console, not as_json))
+        if to is not None:
+            files = list(files)
+            settings = replace(settings, batch_size=min(settings.batch_size, BATCH_OF_RESULTS))
+        record = stack.enter_context(_record(to, files, source, split, settings, radii if largest is None else largest))
         for level, file in files:
-            for radius in _radii(epsilon, threat):
-                ball = ThreatConfig(epsilon=radius, domain=threat.domain if threat else (0.0, 1.0))
-                show = partial(_relabelled, progress, f"{level}, epsilon {radius:g}")
-                try:
-                    found = certify_file(file, source, split, ball, settings, samples=samples, progress=show)
-                except SoundnessError as error:
-                    raise RunFailedError(f"{network}: {error}") from error
-                rows.append({"level": level, "epsilon": radius, "split": split, **asdict(found.summary)})
-    _print(console, rows, as_json)
+            job = Job(level, file, source, split, domain, settings, samples, record)
+            try:
+                if largest is not None:
+                    show = partial(_relabelled, progress, level)
+                    rows += radius_rows(job, largest, show)
+                    continue
+                for epsilon_ in radii:
+                    show = partial(_relabelled, progress, f"{level}, epsilon {epsilon_:g}")
+                    rows.append(summary_row(job, epsilon_, show))
+            except SoundnessError as error:
+                raise RunFailedError(f"{network}: {error}") from error
+    if largest is None:
+        _print(console, rows, as_json)
+    else:
+        print_radii(console, rows, largest, as_json=as_json)
+
+
+def _record(
+    to: Path | None, files: _Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any
+) -> AbstractContextManager[Results | None]:  # fmt: skip
+    """The file of results, for exactly these files, data and settings; None where none is wanted."""
+    if to is None:
+        return nullcontext()
+    hashes = {level: hashlib.sha256(file).hexdigest() for level, file in files}
+    digest = load(data, (split,)).digests[split]
+    what = {"radius": radii} if isinstance(radii, float) else {"epsilon": radii}
+    verification = {f"verification.{key}": value for key, value in to_dict(settings).items()}
+    return open_results(
+        to, {"files": hashes, "data": data.name, "split": split, "digest": digest} | what | verification
+    )
 
 
 def _relabelled(progress: Callable[[str, int, int], None], label: str, stage: str, done: int, total: int) -> None:

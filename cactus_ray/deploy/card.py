@@ -5,6 +5,11 @@ from __future__ import annotations
 from cactus_ray.deploy.document import Document, Summary
 from cactus_ray.deploy.requirements import option, show
 
+_ARITHMETIC = {
+    "real": "(in real arithmetic; see the limits)",
+    "float32": "that the file computes in float32 arithmetic (see the limits)",
+}
+
 
 def render(document: Document) -> str:
     """The model card (Markdown) of a certificate. Deterministic."""
@@ -18,7 +23,7 @@ def _head(document: Document) -> str:
         f"# {network.model} at level `{network.level}` for {data.name}\n\n"
         f"A compressed image classifier with {len(network.classes)} classes and a certificate of its robustness: for "
         f"{document.summary.n_certified} of {data.samples} {data.split} images it is proved that no perturbation "
-        f"within the threat below changes the predicted class (in real arithmetic; see the limits)."
+        f"within the threat below changes the predicted class {_ARITHMETIC[document.soundness.arithmetic]}."
     )
     if document.provenance.not_met and document.provenance.requirements is not None:
         limits = document.provenance.requirements.limits()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from cactus_ray import __version__
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, ThreatConfig, to_dict
@@ -36,6 +35,7 @@ from cactus_ray.deploy.recheck import CheckReport, check
 from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
 from cactus_ray.errors import UserError
 from cactus_ray.interchange.read import read_onnx
+from cactus_ray.verification import engine
 from cactus_ray.verification.cascade import verify
 from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
 
@@ -47,11 +47,25 @@ Progress = Callable[[str, int, int], None]
 SCHEME = (
     "a sample is FALSIFIED by an input that replays in onnxruntime (itself, or found by projected gradient descent); "
     "CERTIFIED where interval or linear (CROWN) lower bounds of every margin, taken in float64 on the weights read "
-    "back from the file, are finite and positive; UNKNOWN otherwise"
+    "back from the file and charged with their own rounding, are finite and positive; UNKNOWN otherwise"
 )
+SCHEMES = {
+    "cactus": SCHEME,
+    "auto_lirpa": SCHEME.replace("and charged with their own rounding,", "by auto_LiRPA, without their own rounding,"),
+}
+"""How a sample is decided, by engine."""
+IN_ARITHMETIC = {
+    "real": ("the bounds hold in real arithmetic: the rounding of the network's float32 inference is not charged",),
+    "float32": (
+        "the runtime multiplies and adds in IEEE float32, rounding to nearest; the order of sums, fused multiply-add, "
+        "flushing of subnormal numbers, and folding of channel scales or additions into the layer before are free; "
+        "TF32, bfloat16 or float16 products and Winograd or FFT convolutions are not allowed",
+        "weights that are stored in float16, bfloat16 or integers are unpacked to float32 before use, as "
+        "onnxruntime's CPU provider does",
+    ),
+}
+"""What is assumed of the runtime's arithmetic, by ``arithmetic``."""
 ASSUMPTIONS = (
-    "the bounds hold in real arithmetic: the rounding of the float32 inference, and of the float64 bounds themselves, "
-    "is not charged",
     "the weights are the float32 values that onnxruntime computes from the constants of the file, after dequantisation",
     "the runtime evaluates the operators of the file as the ONNX standard defines them, up to rounding",
     "inputs are float32, in the stated layout and domain; nothing outside of the stated ball is covered",
@@ -87,33 +101,41 @@ def certify_file(
     *,
     samples: int | None = None,
     progress: Progress | None = None,
+    known: Mapping[int, Row] | None = None,
+    keep: Callable[[Sequence[Row]], None] | None = None,
 ) -> Certification:
     """Verdicts for a fixed random subset of ``samples`` (None: all) of a split, on the weights read from an ONNX file.
 
     FALSIFIED is only said where the counterexample replays in onnxruntime; where the file itself misclassifies the
-    sample, the sample is the counterexample. Raises UserError where the file or the data cannot be read or do not fit
-    each other, RunFailedError where our reading of the file answers differently from onnxruntime.
+    sample, the sample is the counterexample. ``known``: rows of an earlier run with the same arguments, by index, that
+    are not computed again; ``keep`` is given new ones as they come. Raises UserError where the file or the data cannot
+    be read or do not fit each other, RunFailedError where our reading of the file answers differently from onnxruntime.
     """
     graph, params, metadata = read_onnx(file)
     run = runner(file)
     loaded = load(data, (split,))
     all_images, all_labels = loaded.split(split)
-    _fits(graph, params, loaded)
+    refuse_misfit(graph, params, loaded)
     chosen = subset(len(all_labels), samples)
-    images, labels, indices = all_images[chosen], all_labels[chosen], chosen.tolist()
+    images, labels, indices = fitted(all_images[chosen], graph), all_labels[chosen], chosen.tolist()
     logits = answers(run, images)
     agreement = parity(graph, params, images, logits)
-    rows: list[Row] = []
-    for start in range(0, len(indices), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        found = verify(graph, params, images[part], labels[part], indices[part], threat, settings)
+    done = {index: known[index] for index in indices if index in known} if known else {}
+    waiting = [p for p, index in enumerate(indices) if index not in done]
+    for start in range(0, len(waiting), settings.batch_size):
+        part = waiting[start : start + settings.batch_size]
+        found = verify(graph, params, images[part], labels[part], [indices[p] for p in part], threat, settings)
         right = margins(logits[part], labels[part]) > 0
-        rows += [
+        new = [
             _row(verdict, image, bool(ok), run, threat)
             for verdict, image, ok in zip(found, images[part], right, strict=True)
         ]
+        done.update((row.index, row) for row in new)
+        if keep is not None:
+            keep(new)
         if progress is not None:
-            progress(f"certifying the {split} split", len(rows), len(indices))
+            progress(f"certifying the {split} split", len(done), len(indices))
+    rows = [done[index] for index in indices]
     section = DataSection(
         name=data.name, split=split, digest=loaded.digests[split], total=len(all_labels), samples=len(indices),
         indices=tuple(indices),
@@ -129,6 +151,7 @@ def document(
     name: str = "model.onnx", dense_bytes: int | None = None,
 ) -> Document:  # fmt: skip
     """The certificate of a certification. ``model`` and ``level`` name the network, ``provenance`` its origin."""
+    arithmetic, bounds = certification.settings.arithmetic, engine.info(certification.settings.engine)
     inputs = InputSection(name="image", layout="NCHW", shape=_shape(certification.graph), dtype="float32")
     network = NetworkSection(
         model=model, level=level, inputs=inputs, classes=certification.class_names,
@@ -140,8 +163,17 @@ def document(
         network=network,
         data=certification.data,
         threat=certification.threat,
-        soundness=Soundness(scheme=SCHEME, arithmetic="real", assumptions=ASSUMPTIONS),
-        engine=Engine(name="cactus-ray", version=__version__, settings=to_dict(certification.settings)),
+        soundness=Soundness(
+            scheme=SCHEMES[certification.settings.engine],
+            arithmetic=arithmetic,
+            assumptions=IN_ARITHMETIC[arithmetic] + ASSUMPTIONS,
+        ),
+        engine=Engine(
+            name=bounds.name,
+            version=bounds.version,
+            settings=to_dict(certification.settings),
+            self_test=bounds.self_test,
+        ),
         versions=versions(),
         summary=certification.summary,
         verdicts=certification.rows,
@@ -154,8 +186,15 @@ def _shape(graph: Graph) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _fits(graph: Graph, params: Params, data: DataSet) -> None:
-    if tuple(graph.input_shape) != data.input_shape:
+def fitted(images: Tensor, graph: Graph) -> Tensor:
+    """Images [N, C, H, W] in the shape that the network reads: for one that reads flat features, flattened."""
+    return images.reshape(len(images), *graph.input_shape)
+
+
+def refuse_misfit(graph: Graph, params: Params, data: DataSet) -> None:
+    """Raises UserError where a network does not read the images of a data set or has another number of classes."""
+    flat = math.prod(graph.input_shape) == max(graph.input_shape) == math.prod(data.input_shape)
+    if tuple(graph.input_shape) != data.input_shape and not flat:
         raise UserError(f"the network reads images {graph.input_shape}; {data.name} has {data.input_shape}")
     classes = graph.shapes(params)[graph.output.name]
     if classes != (data.classes,):

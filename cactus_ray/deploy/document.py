@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray import __version__
+from cactus_ray.bounds.rounding import ARITHMETICS
 from cactus_ray.config import ThreatConfig, parse, setting
 from cactus_ray.data.sources import SOURCES
 from cactus_ray.deploy.requirements import Requirements
@@ -76,7 +77,7 @@ class DataSection:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Soundness:
     scheme: str = setting(doc="how a sample is decided")
-    arithmetic: str = setting(doc="arithmetic in which the bounds hold", choices=("real",))
+    arithmetic: str = setting(doc="arithmetic of the network in which the bounds hold", choices=tuple(ARITHMETICS))
     assumptions: tuple[str, ...] = setting(doc="what is taken for granted")
 
 
@@ -85,6 +86,7 @@ class Engine:
     name: str = setting(doc="who computed the bounds")
     version: str = setting(doc="its version")
     settings: dict = setting(doc="verification settings")  # type: ignore[type-arg]  # free keys
+    self_test: str | None = setting(None, doc="what an engine that is not our own did on a toy network")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

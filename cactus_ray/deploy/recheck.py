@@ -271,7 +271,7 @@ def _certify(
 
 
 def _settings(document: doc.Document, findings: list[str]) -> VerificationSettings:
-    """The certificate's settings without time limits, and with attacks no stronger than usual.
+    """The settings without time limits, with attacks no stronger than usual, in the arithmetic that is claimed.
 
     Attacks can only find what is false; a stranger's certificate must not make them run for hours.
     """
@@ -281,9 +281,12 @@ def _settings(document: doc.Document, findings: list[str]) -> VerificationSettin
     except ConfigError as error:
         findings.append(str(error))
         stated = usual
+    arithmetic = document.soundness.arithmetic
+    if document.engine.settings.get("arithmetic", "real") != arithmetic:
+        findings.append(f"soundness.arithmetic: {arithmetic}, but engine.settings decided in another one")
     return replace(
-        stated, seconds_per_sample=0.0, attack_steps=min(stated.attack_steps, usual.attack_steps),
-        restarts=min(stated.restarts, usual.restarts),
+        stated, arithmetic=arithmetic, seconds_per_sample=0.0,
+        attack_steps=min(stated.attack_steps, usual.attack_steps), restarts=min(stated.restarts, usual.restarts),
     )  # fmt: skip
 
 

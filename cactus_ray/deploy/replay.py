@@ -24,12 +24,18 @@ PARITY_TOLERANCE = 1e-3
 
 
 def runner(file: bytes) -> Logits:
-    """The file in one onnxruntime session. Raises UserError, at once or when called, where it cannot run."""
+    """The file in one onnxruntime session. Raises UserError, at once or when called, where it cannot run.
+
+    A file whose batch size is fixed to 1 gets its images one by one.
+    """
     session = runtime.session(file)
     name = session.get_inputs()[0].name
+    single = session.get_inputs()[0].shape[:1] == [1]
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(runtime.run(session, {name: np.ascontiguousarray(images.numpy())})[0])
+        parts = torch.split(images, 1) if single else [images]
+        found = [runtime.run(session, {name: np.ascontiguousarray(part.numpy())})[0] for part in parts]
+        return torch.from_numpy(np.concatenate(found))
 
     return run
 

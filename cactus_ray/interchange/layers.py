@@ -12,77 +12,145 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Node, Params, apply_node
 from cactus_ray.errors import UnsupportedGraphError
+from cactus_ray.interchange.arithmetic import label, plain
+from cactus_ray.interchange.layouts import InputLayout, View
+from cactus_ray.interchange.operators import TRANSLATIONS
 
-LARGEST_VALUE = 2**28
+LARGEST_VALUE = 2**26
 """Elements of any layer's output for one image: a file must not ask for a machine's whole memory."""
+
+_ANY_LAYOUT = {"input", "flatten", "scale_shift", "relu", "leaky_relu"}
+_REASONS = {
+    "QuantizeLinear": "a network with quantised activations is another function than the one in real numbers",
+    "DequantizeLinear": "a network with quantised activations is another function than the one in real numbers;"
+    " only weights may be dequantised",
+}
 
 
 class Reader:
-    """Translates the nodes that depend on the image, one after the other."""
+    """Translates the nodes that depend on the image, one after the other; all tensors in float64.
+
+    Reshape, Transpose and their like only change how a value is read (``View``); a layer that reads it takes the order
+    into its weights, or asks for another layout of the network's input (``InputLayout``).
+    """
 
     def __init__(
-        self, input_name: str, input_shape: tuple[int, ...], constants: dict[str, Tensor], layers: list[onnx.NodeProto]
-    ) -> None:
+        self, name: str, view: View, input_shape: tuple[int, ...], constants: dict[str, Tensor],
+        layers: list[onnx.NodeProto], *, dynamic: bool,
+    ) -> None:  # fmt: skip
         self.nodes = [Node("input", "input")]
         self.params: Params = {}
-        self.alias = {input_name: "input"}
-        self.examples = {"input": torch.zeros(1, *input_shape)}
+        self.views = {name: view}
+        self.examples = {"input": torch.zeros(1, *input_shape, dtype=torch.float64)}
         self.constants = constants
         self.input_shape = input_shape
-        self.direct = input_name  # the value that the last node computes, under its own name
+        self.dynamic = dynamic
+        self.flatten_names: dict[str, str] = {}  # by node of ours: what the file calls its flattening
+        self.direct = name  # the value that the last node computes, under its own name
         self.readers = Counter(name for node in layers for name in node.input)
 
     def graph(self, output: str, source: str) -> Graph:
-        """The graph whose last node is ``output``."""
-        if self.alias.get(output) != self.nodes[-1].name or len(self.nodes) == 1:
+        """The graph whose last node is ``output``, flattened to [N, classes]."""
+        view = self.views.get(output)
+        if view is None or view.node != self.nodes[-1].name or len(self.nodes) == 1:
             raise UnsupportedGraphError(f"{source}: output {output!r} is not the result of the last layer")
-        if len(self.examples[self.nodes[-1].name].shape) != 2:
-            raise UnsupportedGraphError(f"{source}: output {output!r} is not of shape [N, classes]")
+        if not view.in_order:
+            raise UnsupportedGraphError(f"{source}: output {output!r} is a transposed value")
+        self.flat(view.node)
         return Graph(tuple(self.nodes), self.input_shape)
 
     def add(self, node: onnx.NodeProto) -> None:
         """Appends what ``node`` does. Raises UnsupportedGraphError, naming it, where we have no such operator."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        translate = _TRANSLATIONS.get(node.op_type)
+        translate = TRANSLATIONS.get(node.op_type)
         if translate is None:
-            raise UnsupportedGraphError(f"operator {node.op_type!r} ({_label(node)}) is not understood")
+            reason = _REASONS.get(node.op_type, "is not understood")
+            raise UnsupportedGraphError(f"operator {node.op_type!r} ({label(node)}): {reason}")
         translate(self, node, attributes)
 
     # --- helpers ---
 
-    def value(self, node: onnx.NodeProto, position: int = 0) -> str:
+    def value(self, node: onnx.NodeProto, position: int = 0) -> View:
         name = node.input[position]
-        if name not in self.alias:
-            raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}): input {name!r} must depend on the image")
-        return self.alias[name]
+        if name not in self.views:
+            raise UnsupportedGraphError(f"{node.op_type} ({label(node)}): input {name!r} must depend on the image")
+        return self.views[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one of our nodes for one sample."""
+        return tuple(self.examples[name].shape[1:])
 
     def constant(self, node: onnx.NodeProto, position: int) -> Tensor:
-        """Float32 tensor; the weights of a layer must not depend on the image."""
+        """Float64 copy of a float32 tensor; the weights of a layer must not depend on the image."""
         name = node.input[position]
         if name not in self.constants or self.constants[name].dtype != torch.float32:
-            raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}): {name!r} must be a float32 constant")
-        return self.constants[name]
+            raise UnsupportedGraphError(f"{node.op_type} ({label(node)}): {name!r} must be a float32 constant")
+        return self.constants[name].double()
+
+    def integers(self, node: onnx.NodeProto, attributes: dict[str, Any], key: str) -> list[int] | None:
+        """A list that older opsets give as an attribute and newer ones as a constant; None: not given."""
+        if key in attributes:
+            return [int(v) for v in attributes[key]]
+        if not self.has(node, 1):
+            return None
+        if node.input[1] not in self.constants:
+            raise UnsupportedGraphError(f"{node.op_type} ({label(node)}): {node.input[1]!r} must be a constant")
+        return [int(v) for v in self.constants[node.input[1]].flatten().tolist()]
 
     def has(self, node: onnx.NodeProto, position: int) -> bool:
         return len(node.input) > position and bool(node.input[position])
 
     def append(
-        self, node: onnx.NodeProto, op: str, inputs: tuple[str, ...],
-        attributes: dict[str, Any] | None = None, tensors: Params | None = None,
+        self, node: onnx.NodeProto, op: str, inputs: tuple[str, ...], attributes: dict[str, Any] | None = None,
+        tensors: Params | None = None, index: Tensor | None = None,
     ) -> None:  # fmt: skip
-        taken = {n.name for n in self.nodes}
-        name = node.name if node.name and node.name not in taken else f"{op}_{len(taken)}"
-        while name in taken:
-            name += "_"
+        """One more node of ours. ``index``: see View; by default the value is [1, *its shape] in order."""
+        name = self.fresh(node.name or f"{op}_{len(self.nodes)}")
         ours = Node(name, op, inputs, attributes or {})
         own = {f"{name}.{k}": v.contiguous() for k, v in (tensors or {}).items()}
         if "stride" in ours.attributes:
             self.refuse_large(node, ours, own)
-        self.examples[name] = apply_node(ours, own, [self.examples[i] for i in inputs])
+        y = apply_node(ours, own, [self.examples[i] for i in inputs])
+        self.examples[name] = y
         self.params.update(own)
         self.nodes.append(ours)
-        self.alias[node.output[0]] = name
+        self.views[node.output[0]] = View(name, torch.arange(y.numel()).view(y.shape) if index is None else index)
         self.direct = node.output[0]
+
+    def fresh(self, name: str) -> str:
+        taken = {n.name for n in self.nodes}
+        while name in taken:
+            name += "_"
+        return name
+
+    def flat(self, name: str) -> str:
+        """The node of ours, or one that flattens it."""
+        if len(self.shape(name)) == 1:
+            return name
+        for node in self.nodes:
+            if node.op == "flatten" and node.inputs == (name,):
+                return node.name
+        ours = Node(self.fresh(self.flatten_names.get(name) or f"flatten_{len(self.nodes)}"), "flatten", (name,))
+        self.examples[ours.name] = self.examples[name].flatten(1)
+        self.nodes.append(ours)
+        return ours.name
+
+    def map(self, node: onnx.NodeProto) -> str:
+        """Our node whose value [C, H, W] the layer reads in order."""
+        view = self.value(node)
+        if view.index.dim() != 4 or view.index.shape[0] != 1:
+            raise UnsupportedGraphError(
+                f"{node.op_type} ({label(node)}) reads {tuple(view.index.shape)}; expected [N, C, H, W]"
+            )
+        if view.in_order and self.shape(view.node) == tuple(view.index.shape[1:]):
+            return view.node
+        reason = (
+            f"{node.op_type} ({label(node)}) reads {self.shape(view.node)} of node {view.node!r} reshaped or"
+            f" transposed to {tuple(view.index.shape[1:])}; maps may only be rearranged in front of all layers"
+        )
+        if all(n.op in _ANY_LAYOUT for n in self.nodes):
+            raise InputLayout(reason, tuple(view.index.shape[1:]), view.index.flatten())
+        raise UnsupportedGraphError(reason)
 
     def refuse_large(self, node: onnx.NodeProto, ours: Node, own: Params) -> None:
         """Padding makes maps of any size out of a small file; this is asked before the memory is."""
@@ -93,171 +161,14 @@ class Reader:
             size *= (length + 2 * pad) // max(1, stride) + 1
         if size > LARGEST_VALUE:
             raise UnsupportedGraphError(
-                f"{node.op_type} ({_label(node)}): its output for one image would have about {size} elements; at most"
+                f"{node.op_type} ({label(node)}): its output for one image would have about {size} elements; at most"
                 f" {LARGEST_VALUE}"
             )
 
     def refuse(self, node: onnx.NodeProto, attributes: dict[str, Any], expected: dict[str, Any]) -> None:
         """Raises where an attribute has another value than the one that we understand."""
         for key, value in attributes.items():
-            if key in expected and _plain(value) != _plain(expected[key]):
+            if key in expected and plain(value) != plain(expected[key]):
                 raise UnsupportedGraphError(
-                    f"{node.op_type} ({_label(node)}) with {key} = {_plain(value)!r}; understood is {expected[key]!r}"
+                    f"{node.op_type} ({label(node)}) with {key} = {plain(value)!r}; understood is {expected[key]!r}"
                 )
-
-    # --- operators ---
-
-    def conv(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        weight = self.constant(node, 1)
-        if weight.dim() != 4:
-            raise UnsupportedGraphError(
-                f"Conv ({_label(node)}): weight of shape {tuple(weight.shape)}; expected 2-D kernels"
-            )
-        self.refuse(node, attributes, {"kernel_shape": list(weight.shape[2:])})
-        window = self.window(node, attributes)
-        tensors = {"weight": weight} | ({"bias": self.constant(node, 2)} if self.has(node, 2) else {})
-        dilation = tuple(attributes.get("dilations", (1, 1)))
-        ours = {**window, "dilation": dilation, "groups": attributes.get("group", 1)}
-        self.append(node, "conv2d", (self.value(node),), ours, tensors)
-
-    def window(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> dict[str, Any]:
-        """Stride and padding; both ends of a dimension must be padded alike."""
-        if (mode := _plain(attributes.get("auto_pad", "NOTSET"))) not in ("NOTSET", "VALID"):
-            raise UnsupportedGraphError(
-                f"{node.op_type} ({_label(node)}) with auto_pad = {mode!r}; expected explicit pads"
-            )
-        pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
-        if len(pads) != 4 or pads[:2] != pads[2:]:
-            raise UnsupportedGraphError(
-                f"{node.op_type} ({_label(node)}) with pads = {list(pads)}; expected symmetric ones"
-            )
-        return {"stride": tuple(attributes.get("strides", (1, 1))), "padding": pads[:2]}
-
-    def gemm(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.refuse(node, attributes, {"alpha": 1.0, "beta": 1.0, "transA": 0})
-        weight = self.constant(node, 1)
-        weight = weight if attributes.get("transB", 0) else weight.T
-        self.refuse_maps(node)
-        tensors = {"weight": weight}
-        if self.has(node, 2):
-            tensors["bias"] = self.constant(node, 2).expand(1, weight.shape[0])[0].clone()
-        self.append(node, "linear", (self.value(node),), tensors=tensors)
-
-    def refuse_maps(self, node: onnx.NodeProto) -> None:
-        shape = tuple(self.examples[self.value(node)].shape[1:])
-        if len(shape) != 1:
-            raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}) reads {shape}; expected flat features")
-
-    def matmul(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        weight = self.constant(node, 1)
-        if weight.dim() != 2:
-            raise UnsupportedGraphError(f"MatMul ({_label(node)}): expected [N, features] times a constant matrix")
-        self.refuse_maps(node)
-        self.append(node, "linear", (self.value(node),), tensors={"weight": weight.T})
-
-    def arithmetic(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        """Add of two branches, or Add and Mul by one number per channel."""
-        constant = [i for i in (0, 1) if node.input[i] in self.constants]
-        if not constant:
-            if node.op_type != "Add":
-                raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}) of two values that depend on the image")
-            first, second = self.value(node, 0), self.value(node, 1)
-            if self.examples[first].shape != self.examples[second].shape:
-                raise UnsupportedGraphError(f"Add ({_label(node)}) of different shapes")
-            self.append(node, "add", (first, second))
-            return
-        producer = self.value(node, 1 - constant[0])
-        values = self.channels(node, self.constant(node, constant[0]), self.examples[producer])
-        source = node.input[1 - constant[0]]
-        only_reader = source == self.direct and self.readers[source] == 1
-        if node.op_type == "Add" and only_reader and self.merge_bias(node, self.nodes[-1], values):
-            return
-        one, zero = torch.ones_like(values), torch.zeros_like(values)
-        tensors = {"scale": values, "shift": zero} if node.op_type == "Mul" else {"scale": one, "shift": values}
-        self.append(node, "scale_shift", (producer,), tensors=tensors)
-
-    def merge_bias(self, node: onnx.NodeProto, last: Node, values: Tensor) -> bool:
-        """Gives a matrix product, or a Mul by channel constants, the shift that directly follows it."""
-        if last.op == "linear" and f"{last.name}.bias" not in self.params:
-            self.params[f"{last.name}.bias"] = values
-        elif last.op == "scale_shift" and not bool(self.params[f"{last.name}.shift"].any()):
-            self.params[f"{last.name}.shift"] = values
-        else:
-            return False
-        self.alias[node.output[0]] = last.name
-        self.direct = node.output[0]
-        return True
-
-    def channels(self, node: onnx.NodeProto, values: Tensor, example: Tensor) -> Tensor:
-        """A constant that broadcasts over dimension 1 of the value only, as [C]."""
-        shape = (1, example.shape[1], *([1] * (example.dim() - 2)))
-        padded = values.reshape((1,) * (example.dim() - values.dim()) + tuple(values.shape))
-        if padded.dim() != example.dim() or any(p not in (1, s) for p, s in zip(padded.shape, shape, strict=True)):
-            raise UnsupportedGraphError(
-                f"{node.op_type} ({_label(node)}) with a constant of shape {tuple(values.shape)}; expected one"
-                " number per channel"
-            )
-        return padded.expand(shape).reshape(-1).clone()
-
-    def batch_norm(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.refuse(node, attributes, {"training_mode": 0, "spatial": 1})
-        names = ("weight", "bias", "running_mean", "running_var")
-        tensors = {name: self.constant(node, i) for i, name in enumerate(names, start=1)}
-        ours = {"eps": attributes.get("epsilon", 1e-5), "momentum": 1.0 - attributes.get("momentum", 0.9)}
-        self.append(node, "batch_norm", (self.value(node),), ours, tensors)
-
-    def pool(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.refuse(node, attributes, {"ceil_mode": 0, "dilations": [1, 1], "storage_order": 0})
-        if len(node.output) > 1 and node.output[1]:
-            raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}) with indices")
-        ours = {"kernel": tuple(attributes["kernel_shape"]), **self.window(node, attributes)}
-        if len(ours["kernel"]) != 2:
-            raise UnsupportedGraphError(f"{node.op_type} ({_label(node)}): expected a 2-D kernel")
-        if node.op_type == "AveragePool":
-            ours["count_include_pad"] = bool(attributes.get("count_include_pad", 0))
-        self.append(node, "max_pool2d" if node.op_type == "MaxPool" else "avg_pool2d", (self.value(node),), ours)
-
-    def global_pool(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        kernel = tuple(self.examples[self.value(node)].shape[2:])
-        if len(kernel) != 2:
-            raise UnsupportedGraphError(f"GlobalAveragePool ({_label(node)}): expected [N, C, H, W]")
-        ours = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "count_include_pad": True}
-        self.append(node, "avg_pool2d", (self.value(node),), ours)
-
-    def flatten(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.refuse(node, attributes, {"axis": 1})
-        self.append(node, "flatten", (self.value(node),))
-
-    def reshape(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.refuse(node, attributes, {"allowzero": 0})
-        target = self.constants.get(node.input[1], torch.empty(0)).tolist()
-        features = self.examples[self.value(node)][0].numel()
-        if target not in ([0, -1], [0, features], [-1, features]):
-            raise UnsupportedGraphError(f"Reshape ({_label(node)}) to {target}; expected [-1, {features}]")
-        self.append(node, "flatten", (self.value(node),))
-
-    def relu(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        self.append(node, "relu", (self.value(node),))
-
-    def identity(self, node: onnx.NodeProto, attributes: dict[str, Any]) -> None:
-        if (len(node.output) > 1 and node.output[1]) or self.has(node, 2):
-            raise UnsupportedGraphError(f"Dropout ({_label(node)}) in training mode")
-        self.alias[node.output[0]] = self.value(node)
-
-
-_TRANSLATIONS = {
-    "Conv": Reader.conv, "Gemm": Reader.gemm, "MatMul": Reader.matmul, "Add": Reader.arithmetic,
-    "Mul": Reader.arithmetic, "BatchNormalization": Reader.batch_norm, "MaxPool": Reader.pool,
-    "AveragePool": Reader.pool, "GlobalAveragePool": Reader.global_pool, "Flatten": Reader.flatten,
-    "Reshape": Reader.reshape, "Relu": Reader.relu, "Identity": Reader.identity, "Dropout": Reader.identity,
-}  # fmt: skip
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return f"node {node.name!r}" if node.name else f"output {node.output[0]!r}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return list(value) if isinstance(value, tuple) or not isinstance(value, str | int | float | list) else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -21,6 +22,7 @@ from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.errors import UnsupportedGraphError, UserError
 from cactus_ray.interchange import run
 from cactus_ray.interchange.layers import LARGEST_VALUE, Reader
+from cactus_ray.interchange.layouts import InputLayout, View
 
 # What may compute a constant: plain tensor operators, nothing with a body, a file, a state or randomness.
 CONSTANT_OPERATORS = (
@@ -34,17 +36,68 @@ LARGEST_CONSTANT = 2**30
 """Elements of any constant while it is computed: a small file must not ask for a machine's whole memory."""
 
 
-def read_onnx(data: bytes | Path) -> tuple[Graph, Params, dict[str, str]]:
-    """Graph, tensors (float32) and metadata of an ONNX file.
+@dataclass(frozen=True, slots=True)
+class OnnxNetwork:
+    """A file as it is understood.
 
-    Understood: Conv, Gemm, MatMul and Add of constants, Relu, MaxPool, AveragePool, GlobalAveragePool, Flatten, Reshape
-    to two dimensions, Add of two branches, Mul and Add by channel constants, BatchNormalization (inference), Identity,
-    Dropout. Raises UnsupportedGraphError that names anything else, UserError for a file that is missing, broken or
-    keeps tensors in other files.
+    ``params``: float64, exact but for the reciprocals of constants that the file divides by. ``shape``: the file's
+    input with one sample in it, ``output`` its output then; our output is that, flattened. ``order`` [inputs]: flat
+    entry p of our input is entry ``order[p]`` of the file's.
     """
-    source = "the ONNX file"
+
+    graph: Graph
+    params: Params
+    metadata: dict[str, str]
+    shape: tuple[int, ...]
+    output: tuple[int, ...]
+    order: Tensor
+
+    def to_file(self, points: Tensor) -> Tensor:
+        """Points [N, *graph.input_shape] as the file's flat inputs [N, inputs]."""
+        return torch.empty_like(points.flatten(1)).index_copy_(1, self.order, points.flatten(1))
+
+    def from_file(self, values: Tensor) -> Tensor:
+        """Inverse of ``to_file``."""
+        return values[:, self.order].reshape(len(values), *self.graph.input_shape)
+
+
+def read_onnx(data: bytes | Path) -> tuple[Graph, Params, dict[str, str]]:
+    """Graph, tensors (float32) and metadata of an ONNX file whose input and output have a batch dimension.
+
+    Raises as ``read_network`` does; UnsupportedGraphError as well for an input that is not read in the file's own
+    layout, and for constants that float32 cannot hold.
+    """
+    source = _source(data)
+    network = read_network(data)
+    shape = tuple(network.graph.input_shape)
+    if network.shape != (1, *shape) or not torch.equal(network.order, torch.arange(math.prod(shape))):
+        raise UnsupportedGraphError(
+            f"{source}: its layers read the input {list(network.shape)} as maps {list(shape)}; expected an input of"
+            " shape [N, C, H, W]"
+        )
+    if len(network.output) != 2:
+        raise UnsupportedGraphError(f"{source}: output {list(network.output)} is not of shape [N, classes]")
+    single = {name: tensor.float() for name, tensor in network.params.items()}
+    for name, tensor in network.params.items():
+        if not torch.equal(single[name].double(), tensor) and bool(torch.isfinite(tensor).all()):
+            raise UnsupportedGraphError(
+                f"{source}: {name!r} divides by a number whose reciprocal is no float32 number; expected Mul"
+            )
+    return network.graph, single, network.metadata
+
+
+def read_network(data: bytes | Path) -> OnnxNetwork:
+    """What an ONNX file computes for one sample.
+
+    Understood: Conv, Gemm, MatMul, Add, Sub, Mul and Div with constants, Add and Sub of two branches,
+    BatchNormalization (inference), Relu, LeakyRelu, MaxPool, AveragePool, GlobalAveragePool, Identity, Dropout;
+    Flatten, Reshape, Transpose, Squeeze and Unsqueeze where a layer's weights can take the order; any plain operator on
+    constants, DequantizeLinear among them. The input is [N], [1, ...] or [batch, ...] with a free batch size. Raises
+    UnsupportedGraphError that names anything else, UserError for a file that is missing, broken or keeps tensors in
+    other files.
+    """
+    source = _source(data)
     if isinstance(data, Path):
-        source = str(data)
         try:
             data = data.read_bytes()
         except OSError as error:
@@ -52,19 +105,35 @@ def read_onnx(data: bytes | Path) -> tuple[Graph, Params, dict[str, str]]:
     model = _parse(data, source)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     constants = _initializers(model, source)
-    name, shape = _input(model, constants, source)
+    name, shape, dynamic = _input(model, constants, source)
     fixed, layers = _partition(model.graph, set(constants), source)
     constants |= _evaluate(model, fixed, {i for node in layers for i in node.input}, source)
-    reader = Reader(name, shape, constants, layers)
+    order = torch.arange(math.prod(shape))
+    inside = tuple(shape[1:]) if len(shape) > 1 else shape
     try:
-        for node in layers:
-            reader.add(node)
+        try:
+            reader = Reader(name, View("input", order.view(shape)), inside, constants, layers, dynamic=dynamic)
+            for node in layers:
+                reader.add(node)
+        except InputLayout as wanted:
+            order = wanted.order
+            view = View("input", order.argsort().view(shape))
+            reader = Reader(name, view, wanted.shape, constants, layers, dynamic=dynamic)
+            for node in layers:
+                reader.add(node)
+    except InputLayout as error:
+        raise UnsupportedGraphError(f"{source}: {error}") from error
     except UnsupportedGraphError as error:
         raise UnsupportedGraphError(f"{source}: {error}") from error
     except (RuntimeError, IndexError, KeyError, ValueError, TypeError) as error:  # shapes that do not fit together
         raise UserError(f"{source}: its layers do not fit together ({error})") from error
     graph = reader.graph(model.graph.output[0].name, source)
-    return graph, reader.params, metadata
+    output = tuple(reader.views[model.graph.output[0].name].index.shape)
+    return OnnxNetwork(graph, reader.params, metadata, shape, output, order)
+
+
+def _source(data: bytes | Path) -> str:
+    return str(data) if isinstance(data, Path) else "the ONNX file"
 
 
 def _parse(data: bytes, source: str) -> onnx.ModelProto:
@@ -188,15 +257,18 @@ def _foresee(part: onnx.ModelProto, source: str) -> dict[str, int]:
     return found
 
 
-def _input(model: onnx.ModelProto, constants: dict[str, Tensor], source: str) -> tuple[str, tuple[int, ...]]:
+def _input(model: onnx.ModelProto, constants: dict[str, Tensor], source: str) -> tuple[str, tuple[int, ...], bool]:
+    """Name of the input, its shape with one sample in it, and whether the batch size is free."""
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or inputs[0].type.tensor_type.elem_type != TensorProto.FLOAT:
         raise UnsupportedGraphError(f"{source}: inputs {[v.name for v in inputs]}; expected one, of float32 images")
     dims = inputs[0].type.tensor_type.shape.dim
-    shape = tuple(d.dim_value for d in dims[1:])
-    if not shape or any(d <= 0 for d in shape) or math.prod(shape) > LARGEST_VALUE:
-        given = [d.dim_value or d.dim_param for d in dims]
+    given = [d.dim_value or d.dim_param or "?" for d in dims]
+    dynamic = len(dims) > 1 and not dims[0].HasField("dim_value")
+    shape = (1, *(d.dim_value for d in dims[1:])) if dynamic else tuple(d.dim_value for d in dims)
+    if not shape or any(d <= 0 for d in shape) or math.prod(shape) > LARGEST_VALUE or (len(shape) > 1 and shape[0] > 1):
         raise UnsupportedGraphError(
-            f"{source}: input {inputs[0].name!r} is {given}; expected [N, C, H, W] with numbers"
+            f"{source}: input {inputs[0].name!r} is {given}; expected one sample, such as [N, C, H, W] with numbers"
+            " after the batch size, [1, features] or [features]"
         )
-    return inputs[0].name, shape
+    return inputs[0].name, shape, dynamic

@@ -44,8 +44,11 @@ def onnx_bytes(compressed: Compressed, info: FileInfo) -> bytes:
     """
     builder = _Builder()
     weights = {f"{n.name}.weight" for n in compressed.graph.weighted()}
-    builder.weights({k: s for k, s in compressed.stored.items() if k in weights})
-    for name, stored in compressed.stored.items():
+    # in the graph's order: that of the dict may be another one each time a network file is read
+    place = {node.name: i for i, node in enumerate(compressed.graph.nodes)}
+    ordered = sorted(compressed.stored.items(), key=lambda item: (place[item[0].rpartition(".")[0]], item[0]))
+    builder.weights({k: s for k, s in ordered if k in weights})
+    for name, stored in ordered:
         if name not in weights:
             builder.small(name, stored)
     classes = _layers(builder, compressed)
@@ -266,6 +269,8 @@ def _operator(node: Node) -> tuple[str, dict[str, Any]]:
             if node.op == "max_pool2d":
                 return "MaxPool", attributes
             return "AveragePool", {**attributes, "count_include_pad": int(node["count_include_pad"])}
+        case "leaky_relu":
+            return "LeakyRelu", {"alpha": node["slope"]}
         case "relu" | "flatten" | "add":
             return node.op.capitalize(), {}
     raise UnsupportedGraphError(f"operator {node.op!r} of node {node.name!r} cannot be written")

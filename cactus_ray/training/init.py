@@ -8,7 +8,7 @@ import torch
 
 from cactus_ray.bounds.graph import Graph, Params
 
-_THROUGH = ("relu", "batch_norm", "scale_shift", "max_pool2d", "avg_pool2d", "flatten")
+_THROUGH = ("relu", "leaky_relu", "batch_norm", "scale_shift", "max_pool2d", "avg_pool2d", "flatten")
 
 
 def ibp_initialization(graph: Graph, params: Params, generator: torch.Generator) -> Params:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cactus_ray.bounds.graph import Graph, Node, Params, Statistics, forward
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, Statistics, forward
 from cactus_ray.bounds.interval import Box, margins
 from cactus_ray.training.attacks import small_box
 
@@ -114,7 +114,7 @@ class RampRegularizer:
     def __call__(self, node: Node, box: Box) -> None:
         if node.op == "input":
             self._input = box
-        elif node.op == "relu":
+        elif node.op in RELUS:
             self._relus.append(self._boxes[node.inputs[0]])
         self._boxes[node.name] = box
 

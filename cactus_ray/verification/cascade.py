@@ -1,4 +1,4 @@
-"""The verdict cascade: clean prediction, attacks, interval bounds, linear bounds, else UNKNOWN.
+"""The verdict cascade: clean prediction, attacks, interval bounds, linear bounds, branch and bound, else UNKNOWN.
 
 Cheap stages see all samples before dear ones see any, and only samples that are still open go on. Every sample is
 attacked before anything is proved of it; every bound is compared with the margins at the points that are known.
@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds import interval, linear
+from cactus_ray.bounds import alpha, interval, linear
 from cactus_ray.bounds.graph import Graph, Params, forward
+from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.config import ThreatConfig
 from cactus_ray.errors import UserError
 from cactus_ray.verification.attack import attack, sample_generators
+from cactus_ray.verification.branch import DEFAULT_SECONDS, Budget, branch
+from cactus_ray.verification.engine import Engine, bind
 from cactus_ray.verification.soundness import (
     Batch,
     Model,
@@ -55,18 +58,21 @@ def verify(
     samples are divided into calls or batches (but for time limits, and rounding of batched float32 attacks).
     ``known``: images by index that may be counterexamples, e.g. of another level of the same network; tried first.
 
-    CERTIFIED in real arithmetic, decided in float64; a misclassified sample is FALSIFIED by itself; other
-    counterexamples replay in float32 and float64. Time-out, lack of memory and NaN are UNKNOWN. Raises UserError for
-    images that do not fit the network or the domain, SoundnessError where a bound is contradicted.
+    CERTIFIED in ``settings.arithmetic``, by bounds in float64 whose own rounding our own engine charges; a
+    misclassified sample is FALSIFIED by itself; other counterexamples replay in float32 and float64. Time-out, lack of
+    memory and NaN are UNKNOWN. Raises UserError for images that do not fit the network or the domain and for an engine
+    that is not installed, SoundnessError where a bound is contradicted.
     """
     _check_input(graph, images, labels, indices, threat)
     model = Model.of(graph, params)
+    rounding = Rounding.of(graph, model.double, settings.arithmetic)
+    engine = bind(settings.engine, graph, model.double, rounding)
     verdicts: list[SampleVerdict] = []
     with exact_arithmetic(model.device):
         for start in range(0, len(indices), settings.batch_size):
             stop = min(start + settings.batch_size, len(indices))
             part = images[start:stop].to(model.device), labels[start:stop].to(model.device), indices[start:stop]
-            work = _Work(model, Batch.of(*part, threat.epsilon, threat.domain), settings, known or {})
+            work = _Work(model, rounding, engine, Batch.of(*part, threat.epsilon, threat.domain), settings, known or {})
             verdicts += work.run()
     return verdicts
 
@@ -96,6 +102,8 @@ class _Work:
     """One batch on its way through the stages. Positions count within the batch."""
 
     model: Model
+    rounding: Rounding
+    engine: Engine
     batch: Batch
     settings: VerificationSettings
     known: Mapping[int, Sequence[Tensor]]
@@ -104,6 +112,8 @@ class _Work:
     bounds: dict[int, Tensor] = field(default_factory=dict)
     attacked: dict[int, Tensor] = field(default_factory=dict)
     fallen: set[int] = field(default_factory=set)
+    optimised: list[tuple[list[int], alpha.Margins]] = field(default_factory=list)
+    costs: dict[int, float] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
     def run(self) -> list[SampleVerdict]:
@@ -114,8 +124,12 @@ class _Work:
         # also samples that the attack falsified: a bound that "proves" one of them must not stay unseen
         self._stage(self._interval, [p for p in range(len(self.batch)) if self.open(p) or p in self.fallen])
         self._stage(self._full_attack)
-        if self.settings.bound == "crown":
+        if self.settings.bound in ("crown", "alpha", "branch"):
             self._stage(self._linear)
+        if self.settings.bound in ("alpha", "branch"):
+            self._stage(self._alpha)
+        if self.settings.bound == "branch":
+            self._stage(self._branch)
         return [self._verdict(p) for p in range(len(self.batch))]
 
     def open(self, position: int) -> bool:
@@ -131,12 +145,12 @@ class _Work:
             positions = [p for p in range(len(self.batch)) if self.open(p)]
         if not positions:
             return
-        started = time.perf_counter()
+        started, self.costs = time.perf_counter(), {}
         for position in halving(stage, positions):
             self.decide(position, Verdict.UNKNOWN, "out_of_memory")
-        share = (time.perf_counter() - started) / len(positions)
+        rest = time.perf_counter() - started - sum(self.costs.values())
         for position in positions:
-            self.seconds[position] += share
+            self.seconds[position] += rest / len(positions) + self.costs.get(position, 0.0)
             if 0 < self.settings.seconds_per_sample <= self.seconds[position]:
                 self.decide(position, Verdict.UNKNOWN, "time")
 
@@ -180,7 +194,7 @@ class _Work:
         part = self.batch.select(positions)
         with torch.no_grad():
             box = interval.ball(part.images.double(), part.epsilon, part.domain)
-            lower = interval.margins(self.model.graph, self.model.double, box, part.labels)
+            lower = self.engine.interval_margins(box, part.labels)
         self._accept("ibp", positions, part, lower)
 
     def _linear(self, positions: list[int]) -> None:
@@ -193,10 +207,56 @@ class _Work:
         with torch.no_grad():
             box = interval.ball(part.images.double(), part.epsilon, part.domain)
             known = torch.stack([self.bounds[p] for p in positions])
-            lower = linear.crown_margins(
-                self.model.graph, self.model.double, box, part.labels, known=known, effort=effort
-            )
+            lower = self.engine.linear_margins(box, part.labels, known=known, effort=effort)
         self._accept("crown", positions, part, lower)
+
+    def _alpha(self, positions: list[int]) -> None:
+        part = self.batch.select(positions)
+        limit = self.settings.seconds_per_sample
+        left = sum(limit - self.seconds[p] for p in positions)
+        # half of what is left: branch and bound makes more of the other half
+        effort = linear.Effort(
+            rows=self.settings.intermediate_rows, deadline=time.perf_counter() + left / 2 if limit > 0 else None
+        )
+        box = interval.ball(part.images.double(), part.epsilon, part.domain)
+        known = torch.stack([self.bounds[p] for p in positions])
+        if self.settings.engine != "cactus":
+            steps = self.settings.alpha_iterations
+            lower = self.engine.alpha_margins(box, part.labels, known=known, effort=effort, iterations=steps)
+            self._accept("alpha", positions, part, lower)
+            return
+        found = alpha.alpha_margins(
+            self.model.graph,
+            self.model.double,
+            box,
+            part.labels,
+            known=known,
+            effort=effort,
+            how=alpha.Search(self.settings.alpha_iterations, deadline=effort.deadline),
+            rounding=self.rounding,
+        )
+        self._accept("alpha", positions, part, found.lower)
+        if self.settings.bound == "branch":
+            self.optimised.append((positions, found))
+
+    def _branch(self, positions: list[int]) -> None:
+        limit = self.settings.seconds_per_sample
+        budget = Budget(self.settings.max_nodes, limit or DEFAULT_SECONDS, -(-self.settings.alpha_iterations // 2))
+        for known, margins in self.optimised:
+            mine = [p for p in known if p in positions]
+            if not mine:
+                continue
+            chosen = torch.tensor([known.index(p) for p in mine], device=self.model.device)
+            part = self.batch.select(mine)
+            spent = [self.seconds[p] if limit > 0 else 0.0 for p in mine]
+            outcomes = branch(self.model, part, margins.select(chosen), budget, spent)
+            self.costs.update((p, o.seconds - s) for p, o, s in zip(mine, outcomes, spent, strict=True))
+            for position, outcome in zip(mine, outcomes, strict=True):
+                if outcome.point is not None:
+                    self._replay([position], outcome.point[None], "branch")
+            self._accept("branch", mine, part, torch.stack([o.lower for o in outcomes]))
+            for position, outcome in zip(mine, outcomes, strict=True):
+                self.decide(position, Verdict.UNKNOWN, outcome.reason or "bounds")
 
     # --- what stages share ------------------------------------------------------------------------------------------
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from cactus_ray.bounds.rounding import ARITHMETICS
 from cactus_ray.config import setting
-from cactus_ray.errors import UserError
+from cactus_ray.errors import ConfigError, UserError
+
+ENGINES = ("cactus", "auto_lirpa")
 
 
 class Verdict(StrEnum):
@@ -25,9 +28,9 @@ class SampleVerdict:
     """One sample's verdict and how it was reached.
 
     ``lower_bound``: proved lower bound of the smallest margin ``logit[label] - logit[j]``; None where there is none.
-    ``decided_by``: clean, known, attack, ibp, crown; for UNKNOWN what stood in the way: bounds, time, out_of_memory,
-    non_finite. ``seconds``: this sample's share of its batches. ``correct``: the unperturbed prediction is right.
-    ``counterexample``: flattened float32 image, for FALSIFIED only.
+    ``decided_by``: clean, known, attack, ibp, crown, alpha, branch; for UNKNOWN what stood in the way: bounds, time,
+    nodes, out_of_memory, non_finite. ``seconds``: this sample's share of its batches. ``correct``: the unperturbed
+    prediction is right. ``counterexample``: flattened float32 image, for FALSIFIED only.
     """
 
     index: int
@@ -79,15 +82,39 @@ class VerificationSettings:
 
     attack_steps: int = setting(40, doc="gradient steps of each attack; 0: no attack", minimum=0, maximum=10_000)
     restarts: int = setting(2, doc="attacks on a sample that interval bounds leave open", minimum=1, maximum=1000)
-    bound: str = setting("crown", doc="strongest bound that is tried", choices=("ibp", "crown"))
+    bound: str = setting(
+        "crown",
+        doc="strongest bound that is tried; branch: branch and bound",
+        choices=("ibp", "crown", "alpha", "branch"),
+    )
+    engine: str = setting(
+        "cactus", doc="what computes bounds; auto_lirpa must be installed, and charges no rounding", choices=ENGINES
+    )
     intermediate_rows: int = setting(
         2048, doc="neurons of a layer and sample that CROWN bounds; the others keep IBP's bounds", minimum=0
     )
+    arithmetic: str = setting(
+        "float32",
+        doc="arithmetic of the deployed network whose rounding CERTIFIED covers; real: only that of the bounds",
+        choices=tuple(ARITHMETICS),
+    )
     batch_size: int = setting(100, doc="samples at once; halved when memory runs out", minimum=1)
+    alpha_iterations: int = setting(
+        20, doc="alpha, branch: steps of the search for slopes; a sub-problem gets half", minimum=1, maximum=10_000
+    )
+    max_nodes: int = setting(10_000, doc="branch: sub-problems of a sample after which it is left UNKNOWN", minimum=1)
     seconds_per_sample: float = setting(
-        0.0, doc="soft limit after which a sample is left UNKNOWN; 0: none", minimum=0.0
+        0.0,
+        doc="soft limit after which a sample is left UNKNOWN; 0: none, but 10 s for branch and bound",
+        minimum=0.0,
     )
     seed: int = setting(0, doc="seed of the attack's random starts", minimum=0, maximum=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        if self.engine == "auto_lirpa" and self.arithmetic != "real":
+            raise ConfigError("arithmetic", self.arithmetic, "real: engine auto_lirpa charges no rounding")
+        if self.engine == "auto_lirpa" and self.bound == "branch":
+            raise ConfigError("bound", self.bound, "ibp, crown or alpha: engine auto_lirpa does not branch")
 
 
 def summary(verdicts: Sequence[SampleVerdict]) -> dict[str, Any]:

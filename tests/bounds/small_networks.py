@@ -103,6 +103,18 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "padded average pool": lambda: _pooled(nn.AvgPool2d(3, stride=2, padding=1), 12),
     "uncounted padding": lambda: _pooled(nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False), 12),
     "residual": lambda: Residual(),
+    "leaky": lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.LeakyReLU(0.1),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.7),
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.LeakyReLU(1.0),
+        nn.Linear(8, 8),
+        nn.LeakyReLU(0.0),
+        nn.Linear(8, 3),
+    ),
     "ReLU last": lambda: nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.ReLU(), nn.Linear(8, 3), nn.ReLU()),
 }
 

@@ -151,6 +151,10 @@ def stale_statistics_backward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(adjoint, "batch_norm_affine", affine)
 
 
+def leaky_bounded_as_relu(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(relaxation, "slope_of", lambda node: 0.0)
+
+
 def forgotten_branch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rows, "plus", lambda rows, other, shape: other.dense(shape))
 
@@ -181,6 +185,7 @@ FAULTS: list[tuple[Fault, str]] = [
     (stale_statistics, "batch norm"),
     (stale_statistics_backward, "batch norm"),
     (forgotten_branch, "residual"),
+    (leaky_bounded_as_relu, "leaky"),
     (max_pool_of_centres, "max pool"),
 ]
 

@@ -51,6 +51,8 @@ FUNCTIONAL: dict[str, Callable[[Function, Tensor], Tensor]] = {
     ),
     "average pool by position": lambda m, x: m.head(F.avg_pool2d(x, 3, 2, 1, False, False).flatten(1)),
     "adaptive pool": lambda m, x: m.head(torch.flatten(F.adaptive_avg_pool2d(x, (3, 2)), 1)),
+    "leaky ReLUs": lambda m, x: m.head(F.leaky_relu(F.leaky_relu(m.conv(x), 0.3), negative_slope=0.2).flatten(1)),
+    "leaky ReLU in place": lambda m, x: m.head(F.leaky_relu_(m.conv(x)).flatten(1)),
     "sum in place": lambda m, x: m.head((m.conv(x).add_(x)).flatten(start_dim=1)),
 }
 
@@ -105,6 +107,8 @@ MODULES = {
     "ceil_mode": nn.MaxPool2d(4, ceil_mode=True),
     "divisor_override": nn.AvgPool2d(2, divisor_override=3),
     "must divide": nn.AdaptiveAvgPool2d(4),
+    "slope = 1.5": nn.LeakyReLU(1.5),
+    "slope = -0.1": nn.LeakyReLU(-0.1),
     "running statistics": nn.BatchNorm2d(2, track_running_stats=False),
     "start_dim": nn.Flatten(2),
     "something else": WrongScale(),

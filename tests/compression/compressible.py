@@ -54,6 +54,16 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(72, 9), nn.ReLU(), nn.Linear(9, 8, bias=False), nn.ReLU(), nn.Linear(8, 3)
     ),
+    "leaky": lambda: nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(5, 6, 3, stride=2),
+        nn.LeakyReLU(0.05),
+        nn.Flatten(),
+        nn.Linear(24, 7),
+        nn.LeakyReLU(),
+        nn.Linear(7, 3),
+    ),
     "cnn": lambda: nn.Sequential(
         Normalize.standard((0.3, 0.5), (0.5, 0.25)),
         nn.Conv2d(2, 5, 3, padding=1),

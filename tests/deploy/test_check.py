@@ -15,7 +15,8 @@ from cactus_ray.data import load
 from cactus_ray.deploy import certificate, recheck, replay
 from cactus_ray.deploy.certificate import certify_file, check
 from cactus_ray.deploy.document import summarise
-from cactus_ray.deploy.export import PickResult
+from cactus_ray.deploy.export import PickResult, pick
+from cactus_ray.deploy.pick import Requirements
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack
 from cactus_ray.search.evaluate import at_level
@@ -291,7 +292,11 @@ def test_wrong_statements(edit: Edit, change: Callable[[dict[str, Any]], object]
         lambda p: p["network"]["inputs"].update(shape=[1, 8]),
         lambda p: p["network"].update(classes=[]),
         lambda p: p["engine"].update(settings=[]),
-        lambda p: p["soundness"].update(arithmetic="float32"),
+        lambda p: p["soundness"].update(arithmetic="real"),
+        lambda p: p["soundness"].update(arithmetic="float16"),
+        lambda p: p["soundness"].pop("arithmetic"),
+        lambda p: p["engine"]["settings"].update(arithmetic="real"),
+        lambda p: p["engine"]["settings"].update(arithmetic="exact"),
         lambda p: p["file"].update(sha256=None),
         lambda p: p["summary"].update(samples=0),
     ],
@@ -384,3 +389,36 @@ def test_margins_of_ties_and_nan_do_not_count_as_right() -> None:
     logits = torch.tensor([[1.0, 1.0], [2.0, 1.0], [float("nan"), 1.0]])
     right = replay.margins(logits, torch.tensor([0, 0, 0])) > 0
     assert right.tolist() == [False, True, False]
+
+
+# --- the arithmetic that a certificate claims ------------------------------------------------------------------------
+
+
+def test_bounds_in_real_arithmetic_do_not_pass_for_float32(run_folder: Path, tmp_path: Path) -> None:
+    settings = dataclasses.replace(QUICK, arithmetic="real")
+    real = pick(run_folder, Requirements(level="int8"), tmp_path / "real", samples=60, settings=settings).folder
+    path = real / "certificate.json"
+    plain = json.loads(path.read_text())
+    assert plain["soundness"]["arithmetic"] == "real"
+    assert "not charged" in " ".join(plain["soundness"]["assumptions"])
+    assert "in real arithmetic" in (real / "card.md").read_text()
+    assert check(real).ok
+    plain["soundness"]["arithmetic"] = plain["engine"]["settings"]["arithmetic"] = "float32"
+    path.write_text(json.dumps(plain))
+    assert "but the file's weights give only" in found(real)
+
+
+def test_it_is_verified_again_in_the_arithmetic_that_it_claims(
+    picked: PickResult, edit: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, seen = recheck.verify, set()
+
+    def watch(*arguments: Any) -> list[SampleVerdict]:
+        seen.add(arguments[-1].arithmetic)
+        return true(*arguments)
+
+    monkeypatch.setattr(recheck, "verify", watch)
+    assert check(picked.folder).ok
+    assert seen == {"float32"}
+    assert "decided in another one" in found(edit(lambda p: p["soundness"].update(arithmetic="real")))
+    assert seen == {"float32", "real"}

@@ -30,7 +30,7 @@ def test_files_and_document(picked: PickResult, run_folder: Path) -> None:
         "provenance",
     ]  # fmt: skip
     assert plain["schema_version"] == 1
-    assert plain["soundness"]["arithmetic"] == "real"
+    assert plain["soundness"]["arithmetic"] == plain["engine"]["settings"]["arithmetic"] == "float32"
     assert plain["provenance"]["study"] == "tiny"
     assert plain["provenance"]["commit"] == "abc123"
     assert plain["data"]["split"] == "test"
@@ -188,7 +188,7 @@ def test_the_card_tells_what_a_user_must_know(picked: PickResult) -> None:
         f"{summary.certified_accuracy:.2%} (certified) and {summary.certified_accuracy_upper:.2%} (not falsified)",
         f"{summary.standard_accuracy:.2%} [{summary.standard_interval[0]:.2%}, {summary.standard_interval[1]:.2%}]",
         "at most 0.08 per pixel (linf norm), clipped to the domain [0, 1]", "level `int8`", "N x 1 x 8 x 8",
-        "onnxruntime.InferenceSession", "cactus-ray check", "Classes: 0, 1, 2, 3", "rounding of the float32 inference",
+        "onnxruntime.InferenceSession", "cactus-ray check", "Classes: 0, 1, 2, 3", "rounding to nearest",
         f"{picked.document.file.bytes:,} bytes", "dense float32 file", "Multiply-accumulate operations",
         picked.document.file.sha256, "selection (the choice was made here)", "test (after the choice)",
         "of the test split of that run",

@@ -65,6 +65,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
         nn.Linear(5 * 5 * 3, 3),
     ),
     "residual": Residual,
+    "leaky": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, 1), nn.LeakyReLU(0.25), nn.Flatten(), nn.Linear(64, 8), nn.LeakyReLU(0.1), nn.Linear(8, 3)
+    ),
 }
 
 

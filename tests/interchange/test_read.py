@@ -133,14 +133,18 @@ REFUSED: dict[str, tuple[list[onnx.NodeProto], str]] = {
     "own domain": ([node("Relu", ["x"], "h", domain="evil"), *HEAD], "evil"),
     "random weights": ([node("RandomNormal", [], "W", shape=[3, 32]), node("Relu", ["x"], "h"), *HEAD], "RandomNormal"),
     "asymmetric pads": ([node("Conv", ["x", "K"], "h", pads=[1, 1, 0, 0]), *HEAD], "pads = [1, 1, 0, 0]"),
-    "auto_pad": ([node("Conv", ["x", "K"], "h", auto_pad="SAME_UPPER"), *HEAD], "auto_pad = 'SAME_UPPER'"),
+    "auto_pad": (
+        [node("MaxPool", ["x"], "h", kernel_shape=[2, 2], auto_pad="SAME_UPPER"), *HEAD], "auto_pad = 'SAME_UPPER'"
+    ),
     "ceil_mode": ([node("MaxPool", ["x"], "h", kernel_shape=[2, 2], ceil_mode=1), *HEAD], "ceil_mode = 1"),
     "dilated pool": ([node("MaxPool", ["x"], "h", kernel_shape=[2, 2], dilations=[2, 2]), *HEAD], "dilations = [2, 2]"),
     "flatten axis": ([node("Flatten", ["x"], "f", axis=2), node("Gemm", ["f", "W"], "y", transB=1)], "axis = 2"),
     "alpha": ([node("Flatten", ["x"], "f"), node("Gemm", ["f", "W"], "y", transB=1, alpha=2.0)], "alpha = 2.0"),
     "image times image": ([node("Mul", ["x", "x"], "h"), *HEAD], "Mul (output 'h')"),
     "weights from the image": ([node("Flatten", ["x"], "f"), node("Gemm", ["f", "f"], "y", transB=1)], "'f' must be a"),
-    "no channel constant": ([node("Mul", ["x", "M"], "h"), *HEAD], "shape (4, 4)"),
+    "a constant per pixel before a convolution": (
+        [node("Mul", ["x", "M"], "g"), node("Conv", ["g", "K"], "h"), *HEAD], "reads (32,) of node"
+    ),
     "gemm over maps": ([node("Gemm", ["x", "M"], "y")], "reads (2, 4, 4)"),
     "product over maps": ([node("MatMul", ["x", "M"], "y")], "reads (2, 4, 4)"),
     "reshape": ([node("Reshape", ["x", "S"], "h"), *HEAD], "to [4, 8]"),

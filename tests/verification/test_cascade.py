@@ -215,7 +215,9 @@ def test_weights_that_are_not_finite_certify_nothing(subject: Subject, name: str
 def test_margins_that_are_not_finite_prove_nothing(
     subject: Subject, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels: torch.full((len(labels), 10), value).double())
+    monkeypatch.setattr(
+        interval, "margins", lambda g, p, box, labels, **o: torch.full((len(labels), 10), value).double()
+    )
     found = run(subject, replace(QUICK, bound="ibp"))
     assert Verdict.CERTIFIED not in {v.verdict for v in found}
     assert all(v.lower_bound is None for v in found)
@@ -224,7 +226,9 @@ def test_margins_that_are_not_finite_prove_nothing(
 def test_a_cascade_that_reads_nan_as_proved_would_be_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault of the test above: the wrong comparison does certify."""
     monkeypatch.setattr(cascade, "proved", lambda lower, labels: ~(lower < 0).any(1))
-    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels: torch.full((len(labels), 10), math.nan).double())
+    monkeypatch.setattr(
+        interval, "margins", lambda g, p, box, labels, **o: torch.full((len(labels), 10), math.nan).double()
+    )
     assert Verdict.CERTIFIED in {v.verdict for v in run(subject)}
 
 
@@ -232,7 +236,7 @@ def test_a_cascade_that_reads_nan_as_proved_would_be_seen(subject: Subject, monk
 
 
 def test_a_bound_that_certifies_wrongly_is_an_error(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels: torch.ones(len(labels), 10).double())
+    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels, **o: torch.ones(len(labels), 10).double())
     with pytest.raises(SoundnessError, match="unsound ibp bound") as caught:
         run(subject)
     error = pickle.loads(pickle.dumps(caught.value))
@@ -244,7 +248,9 @@ def test_a_bound_that_certifies_wrongly_is_an_error(subject: Subject, monkeypatc
 
 
 def test_a_crown_that_certifies_wrongly_is_an_error(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "crown_margins", lambda g, p, box, labels, **o: true_crown(g, p, box, labels) + 9.0)
+    monkeypatch.setattr(
+        linear, "crown_margins", lambda g, p, box, labels, **o: true_crown(g, p, box, labels, **o) + 9.0
+    )
     with pytest.raises(SoundnessError, match="unsound crown bound"):
         run(subject)
 
@@ -256,8 +262,8 @@ def test_a_bound_above_an_attacked_margin_is_an_error_even_if_nothing_falls(
     robust = [v.index for v in run(subject) if v.decided_by == "ibp"]
     part = replace(subject, images=subject.images[robust], labels=subject.labels[robust])
 
-    def optimistic(graph: Any, params: Any, box: Box, labels: Tensor) -> Tensor:
-        return true_margins(graph, params, Box(box.center, box.radius * 0.2), labels)
+    def optimistic(graph: Any, params: Any, box: Box, labels: Tensor, **options: Any) -> Tensor:
+        return true_margins(graph, params, Box(box.center, box.radius * 0.2), labels, **options)
 
     monkeypatch.setattr(interval, "margins", optimistic)
     with pytest.raises(SoundnessError, match="unsound ibp bound"):
@@ -268,7 +274,9 @@ def test_a_certificate_of_a_falsified_sample_is_seen(subject: Subject, monkeypat
     """Samples that an attack falsified are still bounded by intervals, and the bound is held against the attack."""
     fallen = [v.index for v in run(subject) if v.decided_by == "attack"]
     part = replace(subject, images=subject.images[fallen], labels=subject.labels[fallen])
-    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels: torch.full((len(labels), 10), 1e-3).double())
+    monkeypatch.setattr(
+        interval, "margins", lambda g, p, box, labels, **o: torch.full((len(labels), 10), 1e-3).double()
+    )
     with pytest.raises(SoundnessError):
         run(part)
 
@@ -277,7 +285,9 @@ def test_an_attack_that_leaves_the_ball_or_the_domain_falsifies_nothing(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = replace(QUICK, bound="ibp")
-    monkeypatch.setattr(interval, "margins", lambda g, p, box, labels: torch.full((len(labels), 10), -1e3).double())
+    monkeypatch.setattr(
+        interval, "margins", lambda g, p, box, labels, **o: torch.full((len(labels), 10), -1e3).double()
+    )
 
     def astray(model: Model, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         wild = replace(batch, lower=batch.images - 0.5, upper=batch.images + 0.5, epsilon=0.5)

@@ -1,0 +1,180 @@
+"""Bounds whose slopes are optimised (alpha-CROWN, Xu et al. 2021): boxes of the nodes inside, and margins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cactus_ray.bounds import interval, linear
+from cactus_ray.bounds.ascent import Search, batch_of, optimise, parts
+from cactus_ray.bounds.graph import RELUS, Graph, Params
+from cactus_ray.bounds.interval import Box
+from cactus_ray.bounds.linear import FULL_EFFORT, Effort
+from cactus_ray.bounds.rounding import Rounding
+from cactus_ray.bounds.rows import Rows, unit_rows
+from cactus_ray.bounds.splits import Network, Problems, Root
+
+__all__ = ["Margins", "Search", "alpha_margins", "margin_problems", "tightened_boxes"]
+
+
+def tightened_boxes(
+    network: Network, boxes: Mapping[str, Box], how: Search, effort: Effort = FULL_EFFORT
+) -> dict[str, Box]:
+    """Boxes of ``linear.intermediate_boxes`` intersected with optimised bounds of unstable ReLUs; each has its slopes.
+
+    In the network's order, each layer from the tightened ones before it. ``effort``: rows of a layer and sample that
+    are optimised (the loosest first), and the deadline from which on boxes stay as they are.
+    """
+    graph, rounding = network.graph, network.rounding
+    step = interval.step if rounding is None else rounding.step
+    found: dict[str, Box] = {}
+    readers = graph.consumers()
+    for node in graph.nodes[:-1]:
+        box = boxes[node.name]
+        if node.op != "input":  # what earlier layers gained is worth something here, too
+            box = _intersection(box, step(node, network.params, [found[i] for i in node.inputs]))
+        late = effort.deadline is not None and time.perf_counter() >= effort.deadline
+        if {reader.op for reader in readers[node.name]} & set(RELUS) and not late:
+            root = Root.on(network, {**found, node.name: box}, node.name)
+            if root.neurons.size:  # without a ReLU before it, CROWN's bounds are exact
+                box = _tighten(root, box, how, effort)
+        found[node.name] = box if rounding is None or node.op == "input" else rounding.seal(box)
+    return found
+
+
+def _tighten(root: Root, box: Box, how: Search, effort: Effort) -> Box:
+    """The box of the root's last node, intersected with optimised bounds of its loosest unstable neurons."""
+    lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+    looseness = torch.minimum(upper, -lower)
+    places = [row.argsort(descending=True, stable=True)[: min(effort.rows, int((row > 0).sum()))] for row in looseness]
+    sample = torch.cat([torch.full_like(p, i) for i, p in enumerate(places)])
+    place = torch.cat(places)
+    shape = tuple(box.center.shape[1:])
+    index = root.unstable()
+    for part in parts(len(place), max(1, batch_of(root) // 2), place.device):
+        if effort.deadline is not None and time.perf_counter() >= effort.deadline:
+            break
+        rows = unit_rows(place[part, None], shape, lower.dtype)
+        origin = None if rows.origin is None else torch.cat([rows.origin, rows.origin])
+        both = Rows(torch.cat([rows.coefficients, -rows.coefficients]), origin)
+        chosen = sample[part].repeat(2)
+        sign = torch.zeros_like(index[chosen], dtype=torch.int8)
+        bound = optimise(root, Problems(chosen, both, index[chosen], sign), None, None, how).lower
+        low, high = bound[: len(part)], -bound[len(part) :]
+        at = sample[part], place[part]
+        lower[at] = torch.where(low > lower[at], low, lower[at])  # false for NaN
+        upper[at] = torch.where(high < upper[at], high, upper[at])
+    return _intersection(box, Box.between(lower.view_as(box.center), upper.view_as(box.center)))
+
+
+def _intersection(box: Box, other: Box) -> Box:
+    """Where the other is narrower it; where the intersection is empty, which only rounding can cause, ``box``."""
+    lower = torch.where(other.lower > box.lower, other.lower, box.lower)
+    upper = torch.where(other.upper < box.upper, other.upper, box.upper)
+    empty = lower > upper
+    return Box.between(torch.where(empty, box.lower, lower), torch.where(empty, box.upper, upper))
+
+
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """What alpha-CROWN leaves behind: ``lower`` [N, classes], and for branching the root and slopes of open rows.
+
+    ``sample``, ``other`` [R]: the rows that were optimised last; ``index``, ``alpha`` [R, U] their variables; without
+    ``alpha`` those are CROWN's slopes.
+    """
+
+    lower: Tensor
+    root: Root
+    sample: Tensor
+    other: Tensor
+    index: Tensor
+    alpha: Tensor | None
+
+    def slopes(self, rows: Tensor) -> Tensor:
+        """Slopes of some rows [n, F + 1]; 0 where a ReLU is linear."""
+        flat = self.root.low.new_zeros(len(rows), self.root.low.shape[1], dtype=torch.float32)
+        return flat if self.alpha is None else flat.scatter(1, self.index[rows], self.alpha[rows])
+
+    def select(self, samples: Tensor) -> Margins:
+        """What concerns some of the samples [n], numbered anew."""
+        place = self.sample.new_full((len(self.lower),), -1)
+        place[samples] = torch.arange(len(samples), device=place.device)
+        kept = (place[self.sample] >= 0).nonzero()[:, 0]
+        sample = place[self.sample[kept]]
+        alpha = None if self.alpha is None else self.alpha[kept]
+        return Margins(
+            self.lower[samples], self.root.select(samples), sample, self.other[kept], self.index[kept], alpha
+        )
+
+
+def alpha_margins(
+    graph: Graph,
+    params: Params,
+    box: Box,
+    labels: Tensor,
+    *,
+    known: Tensor | None = None,
+    effort: Effort = FULL_EFFORT,
+    how: Search | None = None,
+    rounding: Rounding | None = None,
+) -> Margins:
+    """Lower bounds [N, classes] of ``logit[label] - logit[j]`` over the box, float64; 0 at j = label.
+
+    As ``linear.crown_margins``, with slopes optimised for every open class over the same boxes; then, for samples with
+    a class that is not above ``how.target``, over boxes whose unstable neurons have slopes of their own. Never below
+    ``known``; NaN stays NaN. The box and ``params``, which hold float32 values, are float64. ``rounding``: bounds of
+    what is computed in its arithmetic; then ``known`` must be, too.
+    """
+    how = how or Search(deadline=effort.deadline)
+    network = Network(graph, params, {k: v.float() for k, v in params.items()}, rounding)
+    if known is None:
+        known = interval.margins(graph, params, box, labels, rounding=rounding)
+    with torch.no_grad():
+        boxes = linear.intermediate_boxes(graph, params, box, effort, rounding)
+        root = Root.on(network, boxes, graph.output.name)
+    wanted = (~(known > 0)).scatter(1, labels[:, None], False)
+    sample, other = wanted.nonzero(as_tuple=True)
+    index = root.unstable()[sample]
+    found = _optimised(Margins(known, root, sample, other, index, None), labels, how)
+    rows = (~(found.lower[sample, other] > how.target)).nonzero()[:, 0]
+    late = how.deadline is not None and time.perf_counter() >= how.deadline
+    if len(rows) == 0 or late:
+        return found
+    left = torch.unique(sample[rows])
+    with torch.no_grad():
+        loose = {name: Box(b.center[left], b.radius[left]) for name, b in boxes.items()}
+        for name, tight in tightened_boxes(network, loose, replace(how, target=torch.inf), effort).items():
+            box = boxes[name]
+            boxes[name] = Box(
+                box.center.index_copy(0, left, tight.center), box.radius.index_copy(0, left, tight.radius)
+            )
+        root = Root.on(network, boxes, graph.output.name)
+    index = root.unstable()[sample[rows]]
+    alpha = found.slopes(rows).gather(1, index)
+    return _optimised(Margins(found.lower, root, sample[rows], other[rows], index, alpha), labels, how)
+
+
+def _optimised(start: Margins, labels: Tensor, how: Search) -> Margins:
+    """Margins whose rows are optimised from where they are."""
+    root, lower, alpha = start.root, start.lower.clone(), start.index.new_zeros(start.index.shape, dtype=torch.float32)
+    for part in parts(len(start.sample), batch_of(root), alpha.device):
+        sample, other = start.sample[part], start.other[part]
+        some = margin_problems(root, sample, labels[sample], other, lower.shape[1], start.index[part])
+        found = optimise(root, some, None if start.alpha is None else start.alpha[part], None, how)
+        alpha[part] = found.alpha
+        old = lower[sample, other]
+        # a comparison with NaN is false: a NaN of either bound survives
+        lower[sample, other] = torch.where((old >= found.lower) | torch.isnan(old), old, found.lower)
+    return replace(start, lower=lower, alpha=alpha)
+
+
+def margin_problems(root: Root, sample: Tensor, labels: Tensor, other: Tensor, classes: int, index: Tensor) -> Problems:
+    """Problems without splits: the margin ``logit[label] - logit[other]`` of each sample; all [B], index [B, U]."""
+    rows = root.low.new_zeros(len(sample), classes)
+    rows.scatter_(1, labels[:, None], 1.0)
+    rows.scatter_add_(1, other[:, None], rows.new_full((len(sample), 1), -1.0))
+    return Problems(sample, Rows(rows[:, None]), index, torch.zeros_like(index, dtype=torch.int8))
