@@ -6,6 +6,8 @@ whatever they are, as long as they are >= 0, the bound that is taken with them i
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -64,16 +66,10 @@ def _constraints(region: Region, relaxed: Relaxed) -> tuple[Tensor, Tensor]:
         place = (region.index[:, columns] - first).clamp(0, end - first - 1)
         value = torch.where(mine, -region.sign, 0.0)[:, columns]
         rows = forms.new_zeros(batch, len(columns), end - first).scatter_(2, place[..., None], value[..., None])
-        form, offset = _form(_until(relaxed, node.inputs[0]), Rows(rows.view(batch, len(columns), *shape)))
+        form, offset = _form(replace(relaxed, last=node.inputs[0]), Rows(rows.view(batch, len(columns), *shape)))
         forms[:, columns] += form * mine[:, columns, None]
         offsets[:, columns] += offset * mine[:, columns]
     return forms, offsets
-
-
-def _until(relaxed: Relaxed, last: str) -> Relaxed:
-    return Relaxed(
-        relaxed.graph, relaxed.params, last, relaxed.box, relaxed.shapes, relaxed.relaxations, relaxed.charges
-    )
 
 
 def _solve(cost: Tensor, matrix: Tensor, right: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +77,9 @@ def _solve(cost: Tensor, matrix: Tensor, right: Tensor, start: Tensor) -> tuple[
 
     Stops when every optimum is known to be positive, or is attained closely.
     """
-    norm = torch.linalg.matrix_norm(matrix, ord=2).clamp(min=1e-12)[:, None] if matrix.shape[1] else 1.0
+    if matrix.shape[1] == 0:  # nothing was split: a linear network's optimum is a corner of the box
+        return torch.zeros_like(right), -cost.sign()
+    norm = torch.linalg.matrix_norm(matrix, ord=2).clamp(min=1e-12)[:, None]
     primal, dual = torch.zeros_like(cost), torch.zeros_like(right)
     weight = torch.ones_like(cost[:, :1])
     best, value = dual, _dual_value(cost, matrix, right, dual)

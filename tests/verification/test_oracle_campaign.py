@@ -119,6 +119,13 @@ def test_a_hundred_fixed_cases(campaign: Campaign, cases: list[Case]) -> None:
     assert {r["verdict"] for r in records} >= {"CERTIFIED", "FALSIFIED"}
 
 
+@pytest.mark.parametrize("number", [1161, 1162])
+def test_a_ball_without_any_unstable_relu_is_decided_or_left_open(
+    campaign: Campaign, cases: list[Case], number: int
+) -> None:
+    assert faults([campaign.judge(cases[number], strongest())]) == []  # a leaf without constraints once raised
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 def test_all_cases(bench: ModuleType, tmp_path: Path) -> None:
