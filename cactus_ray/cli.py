@@ -47,6 +47,9 @@ Init = Annotated[
     Path | None, typer.Option("--init", help="Start every training from this network file (.safetensors).")
 ]
 Root = Annotated[Path | None, typer.Option(help="Folder of the data set, where it is not inside a package.")]
+Bound = Annotated[
+    str | None, typer.Option("--bound", help="Strongest bound that is tried: ibp, crown, alpha or branch.")
+]
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Use a fixed random subset of this many samples.")
 ]
@@ -142,6 +145,7 @@ def pick(
     ] = "certified",
     trial: Annotated[str | None, typer.Option(help="Only this trial, such as t0007.")] = None,
     level: Annotated[str | None, typer.Option(help="Only this level, such as int8.")] = None,
+    bound: Bound = None,
     samples: Samples = None,
     root: Root = None,
     as_json: Json = False,
@@ -154,7 +158,7 @@ def pick(
         max_bytes=max_bytes, min_certified=min_certified, min_accuracy=min_accuracy, prefer=prefer,
         trial=trial, level=level,
     )  # fmt: skip
-    if not run_pick(out, run, to, requirements, samples=samples, root=root, as_json=as_json):
+    if not run_pick(out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json):
         raise typer.Exit(3)
 
 
@@ -197,7 +201,8 @@ def verify(
     epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels of a network file, separated by commas.")] = None,
     samples: Samples = None,
-    seconds_per_sample: Annotated[float, typer.Option(min=0, help="Time limit; 0: none beyond the cascade.")] = 0.0,
+    bound: Bound = None,
+    seconds_per_sample: Annotated[float, typer.Option(min=0, help="Time limit; 0: none, but 10 for branch.")] = 0.0,
     radius: Annotated[
         bool, typer.Option("--radius", help="Find the largest certified radius per sample, up to --epsilon.")
     ] = False,
@@ -217,7 +222,7 @@ def verify(
 
         data_options = {
             "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
-            "--radius": radius or None,
+            "--radius": radius or None, "--bound": bound,
         }  # fmt: skip
         if given := [name for name, value in data_options.items() if value is not None]:
             raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
@@ -227,7 +232,7 @@ def verify(
 
     run_verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
-        seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
+        bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
     )  # fmt: skip
 
 

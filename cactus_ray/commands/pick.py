@@ -10,9 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cactus_ray.config import parse, to_dict
 from cactus_ray.deploy.export import pick as run_pick
 from cactus_ray.deploy.recheck import check as run_check
 from cactus_ray.deploy.requirements import Requirements
+from cactus_ray.search.space import load_space
+from cactus_ray.verification.verdict import VerificationSettings
 
 
 @contextmanager
@@ -32,13 +35,21 @@ def stages(console: Console, enabled: bool) -> Iterator[Callable[[str, int, int]
 
 def pick(
     console: Console, run: Path, to: Path, requirements: Requirements, *,
-    samples: int | None, root: Path | None, as_json: bool,
+    bound: str | None, samples: int | None, root: Path | None, as_json: bool,
 ) -> bool:  # fmt: skip
-    """Pick, certify and explain; False where the requirements are not met on the test split."""
+    """Pick, certify and explain; False where the requirements are not met on the test split.
+
+    ``bound`` certifies with another bound than the study used, usually a dearer one.
+    """
+    settings = None
+    if bound is not None:
+        of_study = to_dict(load_space(run / "space.yaml").verification)
+        settings = parse(VerificationSettings, {**of_study, "bound": bound}, "verification")
     with stages(console, not as_json) as progress:
         result = run_pick(
-            run, requirements, to, samples=samples, root=None if root is None else str(root), progress=progress
-        )
+            run, requirements, to, samples=samples, settings=settings, root=None if root is None else str(root),
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json(json.dumps(result.to_json()))
     else:

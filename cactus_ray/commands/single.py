@@ -82,7 +82,8 @@ def train(
 
 def verify(
     console: Console, network: Path, *, data: str | None, root: Path | None, split: str, epsilon: str | None,
-    levels: str | None, samples: int | None, seconds_per_sample: float, radius: bool, to: Path | None, as_json: bool,
+    levels: str | None, samples: int | None, bound: str | None, seconds_per_sample: float, radius: bool,
+    to: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Verdict counts for every level and radius, always of the ONNX file that is or would be deployed.
 
@@ -92,7 +93,8 @@ def verify(
     """
     if split not in SPLITS:
         raise ConfigError("--split", split, f"one of {', '.join(SPLITS)}")
-    settings = parse(VerificationSettings, {"seconds_per_sample": seconds_per_sample}, "--seconds-per-sample")
+    effort = {"seconds_per_sample": seconds_per_sample} | ({} if bound is None else {"bound": bound})
+    settings = parse(VerificationSettings, effort, "verification")
     if network.suffix == ".onnx":
         if levels is not None:
             raise ConfigError("--levels", levels, "nothing: an ONNX file is one level already")

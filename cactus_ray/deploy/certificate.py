@@ -17,6 +17,7 @@ from cactus_ray.deploy.document import (
     CLEAN,
     REPLAY,
     SCHEMA_VERSION,
+    SEARCHED,
     DataSection,
     Document,
     Engine,
@@ -203,7 +204,7 @@ def refuse_misfit(graph: Graph, params: Params, data: DataSet) -> None:
 
 def _row(found: SampleVerdict, image: Tensor, right: bool, run: Logits, threat: ThreatConfig) -> Row:
     """The verdict about the file: the cascade's, with FALSIFIED only where the file itself is wrong."""
-    bound = found.lower_bound
+    bound = None if found.decided_by in SEARCHED else found.lower_bound
     row = Row(
         index=found.index, label=found.label, verdict=str(found.verdict),
         lower_bound=bound if bound is not None and math.isfinite(bound) else None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cactus_ray.deploy.document import CLEAN, Document, Row, Summary, figures, measured, summarise
+from cactus_ray.deploy.document import CLEAN, SEARCHED, Document, Row, Summary, figures, measured, summarise
 from cactus_ray.deploy.requirements import unmet
 from cactus_ray.verification.verdict import Verdict
 
@@ -73,8 +73,8 @@ def _row_problems(row: Row, document: Document) -> list[str]:
     place, problems = f"verdicts: index {row.index}", []
     if row.label >= len(document.network.classes):
         problems.append(f"label {row.label} is no class")
-    if row.verdict == Verdict.CERTIFIED and (row.lower_bound is None or not row.lower_bound > 0):
-        problems.append(f"CERTIFIED with the lower bound {row.lower_bound}")
+    if row.verdict == Verdict.CERTIFIED and not _states_its_bound(row):
+        problems.append(f"CERTIFIED with the lower bound {row.lower_bound} (decided by {row.decided_by})")
     if row.verdict != Verdict.CERTIFIED and row.lower_bound is not None and row.lower_bound > 0:
         problems.append(f"{row.verdict} with the lower bound {row.lower_bound}, which would be a proof")
     if row.verdict == Verdict.FALSIFIED:
@@ -101,3 +101,10 @@ def _same(stated: Any, value: Any) -> bool:
 def _list(values: Sequence[int], show: int = 8) -> str:
     more = f" and {len(values) - show} more" if len(values) > show else ""
     return ", ".join(map(str, values[:show])) + more
+
+
+def _states_its_bound(row: Row) -> bool:
+    """A positive bound; none where the proof was searched for."""
+    if row.decided_by in SEARCHED:
+        return row.lower_bound is None
+    return row.lower_bound is not None and row.lower_bound > 0

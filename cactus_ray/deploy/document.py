@@ -27,6 +27,8 @@ SCHEMA_VERSION = 1
 NAME = "certificate.json"
 CLEAN, REPLAY = "clean", "replay"
 """``decided_by`` of a sample that is misclassified as it is, and of one whose counterexample did not replay."""
+SEARCHED = ("alpha", "branch")
+"""``decided_by`` of proofs that were searched for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,11 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """The verdict of one sample. ``lower_bound``: of the smallest margin over the ball; > 0 where CERTIFIED."""
+    """The verdict of one sample.
+
+    ``lower_bound``: of the smallest margin over the ball; > 0 where CERTIFIED. None where a search proved that the
+    margin is positive (``decided_by`` in ``SEARCHED``): how far it got is an accident of batches and of time.
+    """
 
     index: int = setting(doc="index into the split", minimum=0)
     label: int = setting(doc="class", minimum=0)

@@ -20,7 +20,7 @@ from cactus_ray.deploy.pick import Requirements
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack
 from cactus_ray.search.evaluate import at_level
-from cactus_ray.verification.verdict import SampleVerdict, Verdict
+from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
 
 Edit = Callable[[Callable[[dict[str, Any]], object]], Path]
 
@@ -422,3 +422,17 @@ def test_it_is_verified_again_in_the_arithmetic_that_it_claims(
     assert seen == {"float32"}
     assert "decided in another one" in found(edit(lambda p: p["soundness"].update(arithmetic="real")))
     assert seen == {"float32", "real"}
+
+
+def test_what_branch_and_bound_proved_is_proved_again(run_folder: Path, tmp_path: Path) -> None:
+    settings = VerificationSettings(attack_steps=10, restarts=1, bound="branch", arithmetic="real")
+    result = pick(run_folder, Requirements(level="int8"), tmp_path / "branch", settings=settings)
+    searched = [row for row in result.document.verdicts if row.decided_by in ("alpha", "branch")]
+    assert any(row.verdict == "CERTIFIED" and row.lower_bound is None for row in searched)
+    assert result.document.summary.n_unknown == 0
+    assert check(result.folder).findings == ()
+    edited = json.loads((result.folder / "certificate.json").read_text())
+    row = next(r for r in edited["verdicts"] if r["verdict"] == "CERTIFIED" and r["decided_by"] in ("alpha", "branch"))
+    row["lower_bound"] = 3.0  # a margin that nothing proved
+    (result.folder / "certificate.json").write_text(json.dumps(edited))
+    assert any("lower bound 3.0" in finding for finding in check(result.folder).findings)
