@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -39,9 +40,10 @@ INSTALL = (
 def upstream() -> ModuleType:
     """The package auto_LiRPA. Raises UserError that says how to install it.
 
-    Its import changes the process's warning filters and logging; both are put back.
+    Its import changes the process's warning filters, logging and recursion limit; all are put back. (With its limit of
+    a million, deeply nested JSON ends the process.)
     """
-    handlers, level = logging.root.handlers[:], logging.root.level
+    handlers, level, depth = logging.root.handlers[:], logging.root.level, sys.getrecursionlimit()
     try:
         with warnings.catch_warnings(record=True):  # not a filter: the import replaces those
             return importlib.import_module("auto_LiRPA")
@@ -53,6 +55,7 @@ def upstream() -> ModuleType:
     finally:
         logging.root.handlers[:] = handlers
         logging.root.setLevel(level)
+        sys.setrecursionlimit(depth)
 
 
 class LirpaEngine:

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -239,6 +240,7 @@ def test_nothing_of_the_process_is_changed(upstream: Any) -> None:
         bounds.alpha_margins(Box(box.center[:, :1], box.radius[:, :1]), labels, known=nothing(labels))
     after = relu._relu_mask_alpha, torch.get_default_dtype(), list(warnings.filters), logging.root.handlers[:]
     assert after == before
+    assert sys.getrecursionlimit() < 100_000
     assert not logging.root.handlers or "auto_LiRPA" not in str(logging.root.handlers)
 
 
@@ -258,7 +260,7 @@ def test_a_network_that_upstream_computes_differently_is_refused(
 
 @pytest.fixture
 def without_upstream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(__import__("sys").modules, "auto_LiRPA", None)
+    monkeypatch.setitem(sys.modules, "auto_LiRPA", None)
     lirpa.upstream.cache_clear()
     lirpa.info.cache_clear()
     yield
