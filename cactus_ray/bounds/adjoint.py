@@ -11,8 +11,7 @@ from cactus_ray.bounds.rows import Rows, Shape
 from cactus_ray.errors import UnsupportedGraphError
 
 MATRIX_INPUTS, MATRIX_WASTE = 512, 8
-"""A convolution is read backward by a matrix for windows of at most so many coefficients, and products per useful
-one."""
+"""A matrix reads a convolution backward where windows have at most so many coefficients, and it so many zeros."""
 
 
 def pull_linear(node: Node, params: Params, rows: Rows, shape: Shape) -> tuple[Rows, Tensor | float]:

@@ -39,7 +39,8 @@ class Box:
 
     @staticmethod
     def between(lower: Tensor, upper: Tensor) -> Box:
-        return Box((lower + upper) * 0.5, (upper - lower) * 0.5)  # as exact as a division, and faster
+        # as exact as a division, and faster; in place, since fresh memory costs more than the arithmetic
+        return Box((lower + upper).mul_(0.5), (upper - lower).mul_(0.5))
 
     @property
     def lower(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ NORMALIZATION: dict[str, Normalization] = {
     "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
 }
 """Mean and deviation per channel, for the architectures that normalise their input. Fixed, never learnt from data."""
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 def build(
@@ -42,8 +44,9 @@ def build(
         normalization = ((0.5,) * input_shape[0], (0.25,) * input_shape[0])
     make = None if config.factory is None else _factory(config.factory, trust_code=trust_code)
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    # Initialisers of torch.nn read the global generator, so it is lent to them seeded and then put back.
-    with torch.random.fork_rng(devices=[]):
+    # Initialisers of torch.nn read the global generator, so it is lent to them seeded and then put back: to one thread
+    # at a time, or two would draw from one another's.
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if make is None:
             return ARCHITECTURES[str(config.name)](config, input_shape, classes, normalization)

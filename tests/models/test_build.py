@@ -1,6 +1,7 @@
 """Architectures as published, deterministic first weights, and the user's own networks."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,17 @@ def test_trying_out_leaves_batch_norm_alone(own: str, tmp_path: Path, monkeypatc
     params = create(run("digits", factory=f"{own}:net"), (1, 8, 8), 10, trust_code=True).params
     assert params["norm.running_mean"].abs().max() == 0
     assert (params["norm.running_var"] == 1).all()
+
+
+def test_threads_that_build_at_once_get_the_same_weights() -> None:
+    config = ModelConfig(name="mlp")
+
+    def weights(seed: int) -> list[torch.Tensor]:
+        module = build(config, (1, 8, 8), 10, generator=torch.Generator().manual_seed(seed))
+        return [parameter.detach() for parameter in module.parameters()]
+
+    alone = [weights(seed) for seed in (0, 1)] * 8
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(weights, [0, 1] * 8))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
