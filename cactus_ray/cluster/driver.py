@@ -63,9 +63,8 @@ class Desk:
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
     def start(self) -> None:
-        for trial, path, chunks in self.study.resumed:
+        for _, path, chunks in self.study.resumed:
             self.pool.submit(chunks, path.read_bytes())
-            del trial
         self.thread.start()
 
     def close(self) -> None:

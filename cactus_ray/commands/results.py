@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import filelock
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.store import append_line
 
 
 class Results:
@@ -23,7 +23,7 @@ class Results:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one result; it is on disk when this returns."""
-        _append(self.path, row)
+        append_line(self.path, row)
         self.rows.append(dict(row))
 
 
@@ -40,7 +40,7 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Iterator[Results]:
         with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
             rows = _read(path, plain)
             if rows is None:
-                _append(path, {"settings": plain})
+                append_line(path, {"settings": plain})
             yield Results(path, rows or [])
     except filelock.Timeout:
         raise UserError(f"--out: {path} is in use by another run") from None
@@ -75,15 +75,3 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _append(path: Path, row: Mapping[str, Any]) -> None:
-    line = json.dumps(row, allow_nan=False).encode() + b"\n"
-    with path.open("a+b") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the last run was killed inside a line
-                line = b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())

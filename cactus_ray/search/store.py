@@ -21,7 +21,7 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.pareto import non_dominated
 from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
 
-__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "read_records", "with_front", "write_tables"]
+__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "with_front", "write_tables"]
 
 
 class RunStore:
@@ -59,15 +59,7 @@ class RunStore:
         if kind == "completed" and (fault := fault_of(event)):
             raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
         plain = _without_non_finite(event) if kind in ("epoch", "verdicts") else event
-        line = json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        with self.file.open("a+b") as file:
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the last driver was killed inside a line
-                    line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.file, plain)
 
     def save_checkpoint(self, trial: str, network: bytes) -> Path:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""
@@ -75,6 +67,22 @@ class RunStore:
         path.parent.mkdir(exist_ok=True)
         _replace(path, network)
         return path
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line; it is on disk when this returns, and never glued to a line that a killed writer tore.
+
+    Raises ValueError for a number that is not finite.
+    """
+    line = json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _without_non_finite(value: Any) -> Any:
