@@ -52,7 +52,7 @@ def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), 
 class DataConfig:
     """Which images. ``root`` is the folder of data sets that are not inside a package."""
 
-    name: str = setting(doc="data set", choices=("digits", "mnist", "image_folder"))
+    name: str = setting(doc="data set", choices=("digits", "mnist", "cifar10", "tinyimagenet", "image_folder"))
     root: str | None = setting(None, doc="folder that holds the data set")
     image_size: int | None = setting(
         None, doc="side in pixels to which an image folder is resized", minimum=4, maximum=1024
@@ -64,7 +64,7 @@ class DataConfig:
 class ModelConfig:
     """Which architecture, or ``factory: package.module:function`` for the user's own."""
 
-    name: str | None = setting(None, doc="architecture", choices=("cnn_small", "cnn7", "mlp"))
+    name: str | None = setting(None, doc="architecture", choices=("mlp", "cnn_small", "cnn5", "cnn7", "resnet18"))
     width: float = setting(1.0, doc="factor on every width", exclusive_minimum=0.0, maximum=8.0)
     hidden: tuple[int, ...] = setting((128, 64), doc="hidden widths of mlp", minimum=1)
     batch_norm: bool | None = setting(None, doc="batch norm after every hidden layer; default: the architecture's own")
