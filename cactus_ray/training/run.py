@@ -18,6 +18,7 @@ from cactus_ray.models.network import Network
 from cactus_ray.training.average import averaged
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.precision import refuse_on_cpu
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
 from cactus_ray.training.workers import Workers
 
@@ -104,6 +105,7 @@ def start(
     chosen = evenly_spaced(len(data.split("selection")[1]), config.train.proxy_samples)
     selection = tuple(t[chosen].to(device) for t in data.split("selection"))
     place = next(iter(params.values())).device
+    refuse_on_cpu(config.train, place)
     home = place if _fits(images, place) else images.device
     run = Run(
         config, graph, params, _optimizer(config, params), workers, data.class_names,
