@@ -24,13 +24,15 @@ METHODS = ("cactus", "sabr", "ibp")
 CERTIFIED_LOSSES = ("ibp", "sabr")
 STRATEGIES = ("none", "single", "triple", "random", "fixed", "dense", "progressive", "adaptive")
 PRUNE_FAMILIES = tuple(f"{g}{s}-{n}" for g in "gl" for s in "us" for n in ("l1", "l2", "grad"))
-AWP_UNITS = ("step", "std", "absolute", "relative")
+AWP_UNITS = ("step", "std", "absolute", "relative", "int6", "int5", "int4", "int3", "ternary")
+AWP_KINDS = ("ascent", "noise", "rounding")
 
 _SABR_OPTIONS = ("box_ratio", "attack_steps", "attack_step_size")
-_CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member")
+_CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member", "awp_kind")
 _DEFAULTS: dict[str, Any] = {
     "certified_loss": "sabr", "box_ratio": 0.8, "attack_steps": 1, "attack_step_size": 1.0,
     "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
+    "awp_kind": "ascent",
 }  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), 
 class DataConfig:
     """Which images. ``root`` is the folder of data sets that are not inside a package."""
 
-    name: str = setting(doc="data set", choices=("digits", "mnist", "image_folder"))
+    name: str = setting(doc="data set", choices=("digits", "mnist", "cifar10", "tinyimagenet", "image_folder"))
     root: str | None = setting(None, doc="folder that holds the data set")
     image_size: int | None = setting(
         None, doc="side in pixels to which an image folder is resized", minimum=4, maximum=1024
@@ -64,7 +66,7 @@ class DataConfig:
 class ModelConfig:
     """Which architecture, or ``factory: package.module:function`` for the user's own."""
 
-    name: str | None = setting(None, doc="architecture", choices=("cnn_small", "cnn7", "mlp"))
+    name: str | None = setting(None, doc="architecture", choices=("mlp", "cnn_small", "cnn5", "cnn7", "resnet18"))
     width: float = setting(1.0, doc="factor on every width", exclusive_minimum=0.0, maximum=8.0)
     hidden: tuple[int, ...] = setting((128, 64), doc="hidden widths of mlp", minimum=1)
     batch_norm: bool | None = setting(None, doc="batch norm after every hidden layer; default: the architecture's own")
@@ -100,12 +102,41 @@ class TrainConfig:
     initialization: str = setting("ibp", doc="ibp: Shi et al. 2021; default: torch's own", choices=("ibp", "default"))
     regularizer: float = setting(0.0, doc="weight of Shi et al.'s ramp regularisers", minimum=0.0)
     keep: str = setting("last", doc="checkpoint that is verified", choices=("last", "best"))
+    crop_padding: int | None = setting(
+        None, doc="random crops out of training images padded by this many black pixels; 0: none", minimum=0, maximum=64
+    )
+    flip: bool | None = setting(None, doc="mirror half of the training images left to right")
+    average: str | None = setting(
+        None, doc="average of the weights that is kept: ema of every step, swa of every epoch",
+        choices=("none", "ema", "swa"),
+    )  # fmt: skip
+    average_from: float | None = setting(
+        None, doc="fraction at which averaging starts; default: the end of the ramp", minimum=0.0, exclusive_maximum=1.0
+    )
+    average_decay: float | None = setting(
+        None, doc="ema: share of the average that a step keeps (default 0.999)", minimum=0.0, exclusive_maximum=1.0
+    )
+    precision: str | None = setting(
+        None, doc="bf16: the attack's convolutions and matrix products in bfloat16, on GPUs; all else is float32",
+        choices=("float32", "bf16"),
+    )  # fmt: skip
     proxy_samples: int = setting(512, doc="selection images scored after every epoch (plain and IBP)", minimum=1)
 
     def __post_init__(self) -> None:
         if self.warmup + self.ramp > 1.0 + 1e-9:
             most = f"at most 1 - train.warmup = {1.0 - self.warmup:g}, or epsilon is never reached"
             raise ConfigError("train.ramp", self.ramp, most)
+        for key, off in (("crop_padding", 0), ("flip", False), ("average", "none"), ("precision", "float32")):
+            if getattr(self, key) == off:  # absent and off are the same run
+                object.__setattr__(self, key, None)
+        defaults = {"average_from": min(self.warmup + self.ramp, 0.99), "average_decay": 0.999}
+        active = {"ema": ("average_from", "average_decay"), "swa": ("average_from",)}.get(self.average or "", ())
+        for key, default in defaults.items():
+            if key not in active and getattr(self, key) is not None:
+                owners = "ema" if key == "average_decay" else "ema or swa"
+                raise ConfigError(f"train.{key}", getattr(self, key), f"nothing without train.average: {owners}")
+            if key in active and getattr(self, key) is None:
+                object.__setattr__(self, key, default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +177,18 @@ class RunConfig:
     attack_step_size: float | None = setting(None, doc="SABR: step / epsilon", exclusive_minimum=0.0, maximum=10.0)
     compression_set: CompressionSetConfig | None = setting(None, doc="compression set of cactus")
     awp_radius: float | None = setting(None, doc="eta: radius of the weight perturbation in awp_unit", minimum=0.0)
-    awp_unit: str | None = setting(None, doc="unit of awp_radius (step: int8 step of the channel)", choices=AWP_UNITS)
+    awp_unit: str | None = setting(
+        None, doc="unit of awp_radius (step: int8 step of the channel; int4 and the like: step of that width)",
+        choices=AWP_UNITS,
+    )  # fmt: skip
     awp_steps: int | None = setting(None, doc="ascent steps of the weight perturbation", minimum=1, maximum=100)
     awp_member: str | None = setting(
         None, doc="perturb a copy of the full network, or the pruned one", choices=("separate", "pruned")
     )
+    awp_kind: str | None = setting(
+        None, doc="weights within awp_radius: the worst ones, random ones, or rounded with straight-through gradients",
+        choices=AWP_KINDS,
+    )  # fmt: skip
     seed: int = setting(0, doc="seed of everything random", minimum=0, maximum=2**31 - 1)
 
     def __post_init__(self) -> None:
@@ -162,6 +200,10 @@ class RunConfig:
             if key in active and value is None:
                 default = CompressionSetConfig() if key == "compression_set" else _DEFAULTS[key]
                 object.__setattr__(self, key, default)
+        if self.awp_kind == "rounding" and self.awp_unit == "relative":
+            raise ConfigError("awp_unit", self.awp_unit, "a unit that makes a grid, such as step or int4, to round to")
+        if self.awp_kind in ("noise", "rounding") and self.awp_steps != 1:
+            raise ConfigError("awp_steps", self.awp_steps, f"nothing, or 1: {self.awp_kind} does not ascend")
         if (self.model.name is None) == (self.model.factory is None):
             raise ConfigError("model", _plain(self.model), "either name or factory")
         low, high = self.threat.domain

@@ -1,7 +1,8 @@
 """The grammar of a level: how a network is compressed.
 
 ``dense``, or up to three steps in this order, joined by ``+``: ``prune:FAMILY:SPARSITY``, ``rebn``, and one of the
-number formats in ``FORMATS``.
+number formats in ``FORMATS``: ``int4`` is symmetric with one scale per output channel, ``int4:tensor`` has one scale
+per tensor, ``int4:affine`` an integer zero point, ``int4:tensor:affine`` both.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from decimal import Decimal
 from cactus_ray.config import PRUNE_FAMILIES
 from cactus_ray.errors import ConfigError
 
-INTEGER_BITS = {"int8": 8, "int6": 6, "int4": 4, "int3": 3, "ternary": 2}
-FORMATS = ("fp16", "bf16", *INTEGER_BITS)
+INTEGER_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "ternary": 2}
+_AFFINE = ("int8", "int6", "int5", "int4", "int3", "int2")  # of 2 bits, it has four codes and not three
+_BITS = INTEGER_BITS | {"int2": 2}
+FORMATS = (
+    "fp16", "bf16", *INTEGER_BITS,
+    *(f"{name}:tensor" for name in INTEGER_BITS),
+    *(f"{name}{scales}:affine" for scales in ("", ":tensor") for name in _AFFINE),
+)  # fmt: skip
 
 _NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -42,7 +49,17 @@ class Level:
     @property
     def bits(self) -> int | None:
         """Bits of an integer code, or None where weights are stored as floating point."""
-        return INTEGER_BITS.get(self.quantise or "")
+        return _BITS.get((self.quantise or "").partition(":")[0])
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether all channels of a tensor share one scale."""
+        return ":tensor" in (self.quantise or "")
+
+    @property
+    def affine(self) -> bool:
+        """Whether codes are counted from an integer zero point."""
+        return (self.quantise or "").endswith(":affine")
 
     @property
     def structured(self) -> bool:
@@ -104,7 +121,12 @@ def _rank(step: str, text: str, path: str) -> int:
         return 2
     if step == "dense":
         raise ConfigError(path, text, "'dense' to stand alone")
-    steps = f"dense, prune:FAMILY:SPARSITY, rebn, {', '.join(FORMATS)}"
+    name = step.partition(":")[0]
+    if bits := _BITS.get(name):
+        same = [f for f in FORMATS if _BITS.get(f.partition(":")[0]) == bits]
+        raise ConfigError(path, text, f"{bits} bits as one of {', '.join(same)}; {step!r} is none of them")
+    plain = ", ".join(f for f in FORMATS if ":" not in f)
+    steps = f"dense, prune:FAMILY:SPARSITY, rebn, {plain} (integers also with :tensor, :affine or :tensor:affine)"
     raise ConfigError(path, text, f"steps out of {steps}, joined by '+'; {step!r} is none of them")
 
 

@@ -12,7 +12,7 @@ from cactus_ray.compression import calibration as calibrate
 from cactus_ray.compression import prune
 from cactus_ray.compression.channels import channel_groups, is_depthwise
 from cactus_ray.compression.levels import Level
-from cactus_ray.compression.quantize import dequantize, quantize
+from cactus_ray.compression.quantize import dequantize, quantize, quantize_affine
 from cactus_ray.errors import UserError
 from cactus_ray.models.fold import fold_batch_norm
 
@@ -22,18 +22,22 @@ class Stored:
     """One tensor as the file holds it.
 
     kind: "float32", "float16", "bfloat16" (``values`` of that dtype) or "integer" (``values`` int8 codes of ``bits``
-    bits, ``scale`` float32 [out]; the tensor is ``float32(code) * scale``).
+    bits, ``scale`` float32 [out] or [1]; the tensor is ``float32(code) * scale``; with a ``zero_point``, uint8 like the
+    scale, ``values`` are the uint8 codes of ``quantize_affine``). A value of 0 is a weight of 0 in all of them.
     """
 
     kind: str
     values: Tensor
     scale: Tensor | None = None
     bits: int | None = None
+    zero_point: Tensor | None = None
 
     @property
     def tensor(self) -> Tensor:
         """The float32 tensor that onnxruntime computes with, bit for bit."""
-        return self.values.float() if self.scale is None else dequantize(self.values, self.scale)
+        if self.scale is None:
+            return self.values.float()
+        return dequantize(self.values, self.scale, self.zero_point, self.bits or 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,9 @@ def _store(name: str, tensor: Tensor, level: Level, is_weight: bool) -> Stored:
             )
         return Stored(kind, values)
     if level.bits is not None and is_weight:
-        codes, scale = quantize(tensor, level.bits)
+        if level.affine:
+            codes, scale, zero_point = quantize_affine(tensor, level.bits, per_tensor=level.per_tensor)
+            return Stored("integer", codes, scale, level.bits, zero_point)
+        codes, scale = quantize(tensor, level.bits, per_tensor=level.per_tensor)
         return Stored("integer", codes, scale, level.bits)
     return Stored("float32", tensor)

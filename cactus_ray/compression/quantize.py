@@ -1,7 +1,7 @@
-"""Symmetric integers per output channel: zero is a code, so pruned and nearly pruned weights stay exactly 0.
+"""Rounding weights to integer codes, such that zero is a code: pruned and nearly pruned weights stay exactly 0.
 
-Rounding on a grid without zero destroys certificates (interval radii sum over thousands of tiny weights), hence no
-affine variant.
+Symmetric (the default) or affine, with one scale per output channel (the default) or per tensor. A grid without zero
+destroys certificates (interval radii sum over thousands of tiny weights), so the affine zero point is an integer.
 """
 
 from __future__ import annotations
@@ -13,34 +13,74 @@ SMALLEST_SCALE = 1e-12
 
 
 def largest_code(bits: int) -> int:
-    """Codes of ``bits`` bits lie in [-largest, largest]: 127 for 8, 7 for 4, 1 for 2 (ternary)."""
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits = {bits}; expected 2 to 8")
+    """Symmetric codes of ``bits`` bits lie in [-largest, largest]: 127 for 8, 7 for 4, 1 for 2 (ternary)."""
+    _check(bits)
     return int(2 ** (bits - 1)) - 1
 
 
-def step(weight: Tensor, bits: int = 8) -> Tensor:
-    """Size of the quantisation step of every output channel: [out], in the weight's dtype, at least 1e-12.
+def step(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) -> Tensor:
+    """Size of the symmetric quantisation step of every output channel: [out], or [1] per tensor; at least 1e-12.
 
-    ``weight`` [out, ...]; the step is ``max|w| / (2^(bits-1) - 1)`` over the channel. Not differentiable.
+    ``weight`` [out, ...]; the step is ``max|w| / (2^(bits-1) - 1)`` over the channel or tensor, in the weight's dtype.
+    Not differentiable.
     """
-    largest = weight.detach().flatten(1).abs().amax(dim=1)
+    largest = _rows(weight.detach(), per_tensor=per_tensor).abs().amax(dim=1)
     return (largest / largest_code(bits)).clamp(min=SMALLEST_SCALE)
 
 
-def quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 (shape of ``weight``) and scale float32 [out], rounding half to even.
+def quantize(weight: Tensor, bits: int, *, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
+    """Symmetric codes int8 (shape of ``weight``) and scale float32 [out] or [1], rounding half to even.
 
     Guarantees: 0 -> code 0; ``|w - code * scale| <= scale / 2`` in real arithmetic. Computed in float64 from the
     float32 scale that will be stored.
     """
-    scale = step(weight.double(), bits).float()
-    columns = scale.double().view(-1, *([1] * (weight.dim() - 1)))
+    scale = step(weight.double(), bits, per_tensor=per_tensor).float()
     largest = largest_code(bits)
-    codes = torch.round(weight.detach().double() / columns).clamp(-largest, largest)
+    codes = torch.round(weight.detach().double() / _columns(scale, weight).double()).clamp(-largest, largest)
     return codes.to(torch.int8), scale
 
 
-def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """``float32(code) * float32(scale)`` per output channel: one rounding, as onnxruntime computes it."""
-    return codes.float() * scale.float().view(-1, *([1] * (codes.dim() - 1)))
+def quantize_affine(weight: Tensor, bits: int, *, per_tensor: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 (shape of ``weight``), scale float32 and zero point uint8, both [out] or [1].
+
+    The range [min w, max w] is widened to hold 0 and divided into ``2^bits - 1`` steps; the weight of code q is
+    ``(q - zero_point) * scale`` with an integer zero point, so 0 is exact. What is returned is ``(q - zero_point) mod
+    2^bits``: a weight of 0 has the code 0, as sparse storage needs it, in the same ``bits`` bits. The error is at most
+    half a step, up to the rounding of the scale to float32.
+    """
+    _check(bits)
+    rows = _rows(weight.detach().double(), per_tensor=per_tensor)
+    low, high = rows.amin(dim=1).clamp(max=0.0), rows.amax(dim=1).clamp(min=0.0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE).float()
+    zero_point = torch.round(-low / scale.double()).clamp(0, 2**bits - 1)
+    offset = _columns(zero_point, weight)
+    codes = torch.round(weight.detach().double() / _columns(scale, weight).double()) + offset
+    found = (codes.clamp(0, 2**bits - 1) - offset).remainder(2**bits)
+    return found.to(torch.uint8), scale, zero_point.to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, bits: int = 8) -> Tensor:
+    """``float32(code) * float32(scale)``: one rounding, as onnxruntime computes it.
+
+    With a ``zero_point``, ``codes`` are those of ``quantize_affine`` in ``bits`` bits.
+    """
+    steps = codes.float()
+    if zero_point is not None:
+        offset = _columns(zero_point.float(), codes)
+        steps = torch.fmod(steps + offset, 2.0**bits) - offset  # whole numbers below 2^9: exact
+    return steps * _columns(scale.float(), codes)
+
+
+def _check(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits = {bits}; expected 2 to 8")
+
+
+def _rows(weight: Tensor, *, per_tensor: bool) -> Tensor:
+    """[groups, values]: the values that share a scale."""
+    return weight.reshape(1, -1) if per_tensor else weight.flatten(1)
+
+
+def _columns(values: Tensor, like: Tensor) -> Tensor:
+    """[out] or [1] so that it broadcasts over the output channels of ``like``."""
+    return values.view(-1, *([1] * (like.dim() - 1)))

@@ -17,7 +17,8 @@ def ideal_bits(compressed: Compressed) -> int:
 
     A tensor of n values of b bits (32, 16, or those of its integer code) costs the least of: ``n * b``; ``nz * b + n``
     (the nz nonzero values and a bit mask); ``nz * (b + g)`` (the nonzero values and their distances, each in the
-    ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer tensor adds 32 bits per scale.
+    ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer tensor adds 32 bits per scale
+    and b per zero point.
     """
     return sum(_tensor_bits(stored) for stored in compressed.stored.values())
 
@@ -32,7 +33,8 @@ def _tensor_bits(stored: Stored) -> int:
         largest = int(torch.diff(positions, prepend=torch.tensor([-1])).max())
         gap_bits = math.ceil(math.log2(largest + 1))
     scales = 0 if stored.scale is None else 32 * stored.scale.numel()
-    return min(n * bits, nonzero * bits + n, nonzero * (bits + gap_bits)) + scales
+    zero_points = 0 if stored.zero_point is None else bits * stored.zero_point.numel()
+    return min(n * bits, nonzero * bits + n, nonzero * (bits + gap_bits)) + scales + zero_points
 
 
 def macs(graph: Graph, params: Params) -> int:

@@ -46,7 +46,7 @@ def image_folder(root: str | None, image_size: int | None, split: str) -> tuple[
     if not files:
         share = f"selection: {SELECTION_FRACTION:.0%} of each class"
         raise UserError(f"{folder}: the {split} split is empty; expected more images ({share})")
-    return _read(files, size, resize=image_size is not None), torch.from_numpy(labels), names
+    return read_images(files, size, resize=image_size is not None), torch.from_numpy(labels), names
 
 
 def _listing(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], NDArray[np.int64]]:
@@ -83,8 +83,12 @@ def _size(path: Path) -> tuple[int, int]:
         raise _broken(path, error) from error
 
 
-def _read(files: list[Path], size: tuple[int, int], *, resize: bool) -> Tensor:
-    """float32 [N, 3, H, W]; one byte per value until the very end, so that at most 5 bytes are held per value."""
+def read_images(files: list[Path], size: tuple[int, int], *, resize: bool = False) -> Tensor:
+    """float32 [N, 3, H, W] in [0, 1] of image files; ``size`` is (width, height).
+
+    One byte per value until the very end, so that at most 5 bytes are held per value. Raises UserError that names a
+    broken image, and one of another size unless ``resize``.
+    """
     pixels = np.empty((len(files), 3, size[1], size[0]), dtype=np.uint8)
     for row, path in zip(pixels, files, strict=True):
         row[:] = _decode(path, size, resize=resize).transpose(2, 0, 1)

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cactus_ray.data.cifar10 import cifar10
 from cactus_ray.data.image_folder import image_folder
 from cactus_ray.data.splits import hold_out, stratified
+from cactus_ray.data.tinyimagenet import tinyimagenet
 from cactus_ray.errors import ConfigError, UserError
 
 Samples = tuple[Tensor, Tensor, tuple[str, ...]]
@@ -65,5 +67,7 @@ def _fixed_size(name: str, image_size: int | None) -> None:
 SOURCES: dict[str, Callable[[str | None, int | None, str], Samples]] = {
     "digits": digits,
     "mnist": mnist,
+    "cifar10": cifar10,
+    "tinyimagenet": tinyimagenet,
     "image_folder": image_folder,
 }

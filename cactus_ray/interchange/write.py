@@ -114,11 +114,12 @@ class _Builder:
     # --- values ---
 
     def floats(self, values: torch.Tensor, output: str | None = None) -> str:
-        """Float32 tensor of stored floating-point (or int8) values."""
+        """Float32 tensor of stored floating-point (or 8-bit) values."""
         if values.dtype == torch.float32:
             return self.initializer(values.numpy().tobytes(), TensorProto.FLOAT, values.shape, output)
         kind = {
             torch.float16: TensorProto.FLOAT16, torch.bfloat16: TensorProto.BFLOAT16, torch.int8: TensorProto.INT8,
+            torch.uint8: TensorProto.UINT8,
         }[values.dtype]  # fmt: skip
         raw = values.contiguous().view(torch.uint8).numpy().tobytes()
         return self.add("Cast", [self.initializer(raw, kind, values.shape)], output, to=TensorProto.FLOAT)
@@ -153,7 +154,7 @@ class _Builder:
         """[n', 1] float32 of some of a tensor's stored values, in a row."""
         if stored.bits is None:
             return self.floats(values[:, None])
-        return self.integers(values.numpy(), stored.bits, signed=True)
+        return self.integers(values.numpy(), stored.bits, signed=stored.zero_point is None)
 
     # --- streams of weights ---
 
@@ -221,10 +222,18 @@ class _Builder:
         return name if stored.scale is None else None
 
     def scaled(self, name: str, stored: Stored, codes: str) -> None:
-        if stored.scale is not None:
-            columns = stored.scale.view(-1, *([1] * (stored.values.dim() - 1)))
-            scale = self.initializer(columns.numpy().tobytes(), TensorProto.FLOAT, columns.shape)
-            self.add("Mul", [codes, scale], name)
+        if stored.scale is None:
+            return
+        channels = (-1, *([1] * (stored.values.dim() - 1)))
+        if stored.zero_point is not None and stored.bits is not None:  # as in ``dequantize``
+            few = stored.zero_point.numel() <= 16  # then the cast would cost more than it saves
+            zero = self.floats(stored.zero_point.float().view(channels) if few else stored.zero_point.view(channels))
+            modulus = self.constant(np.array(2.0**stored.bits, np.float32))
+            codes = self.add("Mod", [self.add("Add", [codes, zero]), modulus], fmod=1)
+            codes = self.add("Sub", [codes, zero])
+        columns = stored.scale.view(channels)
+        scale = self.initializer(columns.numpy().tobytes(), TensorProto.FLOAT, columns.shape)
+        self.add("Mul", [codes, scale], name)
 
 
 def _layers(builder: _Builder, compressed: Compressed) -> int:

@@ -20,6 +20,8 @@ from cactus_ray.models.network import Network
 NORMALIZATION: dict[str, Normalization] = {
     "digits": ((0.3055,), (0.3762,)),  # of the training split
     "mnist": ((0.1307,), (0.3081,)),  # the literature's constants, of the 60,000 training images
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # the literature's constants
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),  # the literature's constants
     "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
 }
 """Mean and deviation per channel, for the architectures that normalise their input. Fixed, never learnt from data."""

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cactus_ray.bounds.graph import Statistics
+from cactus_ray.bounds.graph import Params, Statistics
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
 from cactus_ray.models.network import Network
+from cactus_ray.training import augment
+from cactus_ray.training.average import include
 from cactus_ray.training.evaluate import proxy_accuracies
 from cactus_ray.training.losses import ATTACKED
 from cactus_ray.training.methods import METHODS
@@ -95,7 +97,7 @@ def train(
         metrics = _epoch(run)
         go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run)))
         stopped = _any_stops(run, not go_on)
-    last = network(run, run.params)
+    last = network(run, run.kept())
     best = network(run, run.best) if run.best is not None else last
     seconds = math.fsum(m["seconds"] for m in run.history)
     return TrainResult(
@@ -107,10 +109,12 @@ def _epoch(run: Run) -> dict[str, float]:
     """One pass over the training split; returns, and appends to the history, its metrics."""
     started = time.perf_counter()
     config, batch, steps = run.config, run.batch_size, run.steps_per_epoch
-    device = run.images.device
-    permutation = torch.randperm(len(run.labels), generator=generator_for(config.seed, run.epoch, "order")).to(device)
+    device = run.device
+    permutation = torch.randperm(len(run.labels), generator=generator_for(config.seed, run.epoch, "order"))
+    permutation = permutation.to(run.images.device)
     draws = generator_for(config.seed, run.epoch, "members")
     noise = generator_for(config.seed, run.epoch, "attack", str(device))
+    moves = generator_for(config.seed, run.epoch, "augmentation", str(device))
     memory: dict[str, Any] = {}
     seen = torch.empty(steps, 2, device=device)  # loss and gradient norm of every step, read once at the end
     share = batch // run.workers.size
@@ -118,9 +122,11 @@ def _epoch(run: Run) -> dict[str, float]:
     for index in range(steps):
         fraction = (run.epoch * steps + index) / (config.train.epochs * steps)
         chosen = permutation[index * batch : (index + 1) * batch][mine]
+        images, labels = run.batch(chosen)
+        images = augment.augment(images, augment.draw(config.train, batch, moves)[mine], config.train)
         weight = standard_weight_at(fraction, config.train, config.standard_weight)
         step = Step(
-            config, run.graph, run.params, run.images[chosen], run.labels[chosen],
+            config, run.graph, run.params, images, labels,
             noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(fraction, config.train, config.threat.epsilon),
             standard_weight=weight, progress=fraction, index=index, generator=draws, memory=memory,
             workers=run.workers,
@@ -130,13 +136,16 @@ def _epoch(run: Run) -> dict[str, float]:
     run.workers.mean_([v for k, v in run.params.items() if k.rsplit(".", 1)[-1].startswith("running_")] + [seen])
     _check_finite(run, seen)
     run.epoch += 1
-    accuracies = proxy_accuracies(run.graph, run.params, *run.selection, config.threat, run.workers)
+    if config.train.average == "swa":
+        _average(run, run.epoch / config.train.epochs)
+    kept = run.kept()
+    accuracies = proxy_accuracies(run.graph, kept, *run.selection, config.threat, run.workers)
     metrics = {
         "loss": float(seen[:, 0].mean()), "standard_accuracy": accuracies[0], "ibp_certified_accuracy": accuracies[1],
         "epsilon": step.epsilon, "standard_weight": step.standard_weight, "learning_rate": rate,
         "seconds": time.perf_counter() - started,
     }  # fmt: skip
-    _keep_best(run, (accuracies[1], accuracies[0]))
+    _keep_best(run, kept, (accuracies[1], accuracies[0]))
     run.history.append(metrics)
     return metrics
 
@@ -146,7 +155,7 @@ def _noise(run: Run, standard_weight: float, generator: torch.Generator) -> Tens
     config = run.config
     attacked = (config.certified_loss or config.method) in ATTACKED and standard_weight < 1.0
     shape = (run.batch_size if attacked else 0, *run.graph.input_shape)
-    return torch.rand(shape, generator=generator, device=run.images.device)
+    return torch.rand(shape, generator=generator, device=run.device)
 
 
 def _update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
@@ -168,7 +177,16 @@ def _update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
         group["lr"] = learning_rate
     run.optimizer.step()
     _update_running(run, step.statistics, len(step.labels))
+    if train.average == "ema":
+        _average(run, step.progress)
     torch.stack([total, norm], out=seen)
+
+
+def _average(run: Run, done: float) -> None:
+    """The current weights into the average, once the share ``done`` of the steps reaches ``train.average_from``."""
+    start = run.config.train.average_from
+    if start is not None and done >= start:
+        run.averages = include(run.average, run.averages, run.params, run.config.train.average_decay)
 
 
 def _update_running(run: Run, statistics: Statistics, samples: int) -> None:
@@ -189,19 +207,19 @@ def _check_finite(run: Run, seen: Tensor) -> None:
         raise NonFiniteLossError(run.epoch * run.steps_per_epoch + first + 1, run.epoch + 1, what)
 
 
-def _keep_best(run: Run, score: tuple[float, float]) -> None:
+def _keep_best(run: Run, params: Params, score: tuple[float, float]) -> None:
     train = run.config.train
     if run.epoch / train.epochs < min(1.0, train.warmup + train.ramp):
         return  # at a smaller epsilon accuracies are higher for a wrong reason
     if run.best_score is None or score > run.best_score:
         run.best_score = score
-        run.best = {k: v.detach().clone() for k, v in run.params.items()}
+        run.best = {k: v.detach().clone() for k, v in params.items()}
 
 
 def _any_stops(run: Run, stop: bool) -> bool:
     """Whether any worker wants to stop: all must leave the loop together."""
     if run.workers.size == 1:
         return stop
-    votes = torch.tensor([float(stop)], device=run.images.device)
+    votes = torch.tensor([float(stop)], device=run.device)
     run.workers.mean_([votes])
     return bool(votes > 0)

@@ -1,4 +1,8 @@
-"""Worst-case weights near the current ones: adversarial weight perturbation in linf (CACTUS, Sec. 4.2 and Eq. 9)."""
+"""Weights near the current ones, each within its radius: perturbations as tensors by name, to be added with ``apply``.
+
+The worst ones (adversarial weight perturbation in linf: CACTUS, Sec. 4.2 and Eq. 9) by ``jump`` or ``ascend``; and two
+that cost nothing beside the member's own passes: random ones (``noise``) and those of rounding (``rounding``).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.compression.levels import INTEGER_BITS
 from cactus_ray.compression.quantize import step as quantization_step
 
 
@@ -15,8 +20,9 @@ def radii(graph: Graph, params: Params, radius: float, unit: str) -> Params:
     """How far each convolution's and linear layer's weight may move; each broadcasts to its weight.
 
     ``radius`` >= 0 in ``unit``: "step" (symmetric int8 step of the output channel; 0.5 covers rounding to int8
-    exactly), "std" (standard deviation of the tensor), "absolute", or "relative" (to each weight's magnitude). Biases
-    and batch norm are not perturbed, as quantisation does not touch them. Detached from ``params``.
+    exactly), "int6" to "int3" and "ternary" (the same of that width), "std" (standard deviation of the tensor),
+    "absolute", or "relative" (to each weight's magnitude). Biases and batch norm are not perturbed, as quantisation
+    does not touch them. Detached from ``params``.
     """
     found: Params = {}
     with torch.no_grad():
@@ -24,8 +30,9 @@ def radii(graph: Graph, params: Params, radius: float, unit: str) -> Params:
             name = f"{node.name}.weight"
             weight = params[name].detach()
             match unit:
-                case "step":
-                    size = quantization_step(weight, 8).view(-1, *([1] * (weight.dim() - 1)))
+                case "step" | "int6" | "int5" | "int4" | "int3" | "ternary":
+                    bits = INTEGER_BITS.get(unit, 8)
+                    size = quantization_step(weight, bits).view(-1, *([1] * (weight.dim() - 1)))
                 case "std":
                     size = weight.std(correction=0)
                 case "absolute":
@@ -60,6 +67,29 @@ def ascend(loss: Callable[[Params], Tensor], params: Params, limits: Params, ste
             for (name, delta), g in zip(leaves.items(), gradients, strict=True)
         }
     return deltas
+
+
+def noise(params: Params, limits: Params, generator: torch.Generator) -> Params:
+    """Perturbations drawn uniformly within ``limits``; ``generator`` on the device of ``params``."""
+    found = {}
+    for name, limit in limits.items():
+        draws = torch.rand(params[name].shape, generator=generator, dtype=params[name].dtype, device=limit.device)
+        found[name] = limit * (2.0 * draws - 1.0)
+    return found
+
+
+def rounding(params: Params, limits: Params) -> Params:
+    """Perturbations that bring every weight to the grid of step ``2 * limit`` through 0, ties to even.
+
+    Half a symmetric step gives the weights of that level. They are detached, so that the gradient reaches the weights
+    as if they were not rounded (straight-through estimator: Bengio et al. 2013).
+    """
+    found = {}
+    for name, limit in limits.items():
+        weight = params[name].detach()
+        grid = torch.where(limit > 0, 2.0 * limit, 1.0)
+        found[name] = torch.where(limit > 0, torch.round(weight / grid) * grid - weight, 0.0)
+    return found
 
 
 def apply(params: Params, deltas: Params) -> Params:

@@ -11,19 +11,24 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params, is_buffer
 from cactus_ray.config import RunConfig
-from cactus_ray.data import DataSet
+from cactus_ray.data import DataSet, calibration
 from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.models import create
 from cactus_ray.models.network import Network
+from cactus_ray.training.average import averaged
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.precision import refuse_on_cpu
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
 from cactus_ray.training.workers import Workers
 
 
 @dataclass(slots=True)
 class Run:
-    """A run between two steps; the only thing in training that changes."""
+    """A run between two steps; the only thing in training that changes.
+
+    ``images`` and ``labels`` lie on ``device``, or on the host where the device has no room for them.
+    """
 
     config: RunConfig
     graph: Graph
@@ -35,6 +40,10 @@ class Run:
     labels: Tensor
     selection: tuple[Tensor, Tensor]
     sites: dict[str, int]  # values per sample and channel that each batch norm sees
+    device: torch.device
+    calibration: Tensor  # images on which the batch-norm statistics of averaged weights are measured
+    average: Params = field(default_factory=dict)
+    averages: int = 0  # networks in the average
     epoch: int = 0
     best: Params | None = None
     best_score: tuple[float, float] | None = None
@@ -49,6 +58,18 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.labels) // self.batch_size
+
+    def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of some indices (where ``images`` are), on the device."""
+        images, labels = self.images[chosen], self.labels[chosen]
+        if images.device == self.device:
+            return images, labels
+        images, labels = images.pin_memory(), labels.pin_memory()
+        return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def kept(self) -> Params:
+        """The tensors that would be deployed now: the averaged ones as soon as there are any."""
+        return averaged(self.graph, self.params, self.average, self.calibration)
 
     def leaves(self) -> Params:
         return {k: v for k, v in self.params.items() if v.requires_grad}
@@ -83,16 +104,29 @@ def start(
     shapes = graph.shapes(params)
     chosen = evenly_spaced(len(data.split("selection")[1]), config.train.proxy_samples)
     selection = tuple(t[chosen].to(device) for t in data.split("selection"))
+    place = next(iter(params.values())).device
+    refuse_on_cpu(config.train, place)
+    home = place if _fits(images, place) else images.device
     run = Run(
         config, graph, params, _optimizer(config, params), workers, data.class_names,
-        images.to(device), labels.to(device), (selection[0], selection[1]),
+        images.to(home), labels.to(home), (selection[0], selection[1]),
         {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
+        place, calibration(data)[0].to(place) if config.train.average else images[:0].to(place),
     )  # fmt: skip
     if saved is not None:
         run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history
         run.best = None if saved.best is None else {k: v.to(device) for k, v in saved.best.items()}
+        run.average, run.averages = {k: v.to(device) for k, v in saved.average.items()}, saved.averages
         _restore_moments(run, saved.moments)
     return run
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Whether the training images may stay on the device: they take at most half of the memory that is free there."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * images.nbytes <= free
 
 
 def _first_weights(config: RunConfig, data: DataSet, init: Network | None, trust_code: bool) -> tuple[Graph, Params]:
@@ -136,9 +170,11 @@ def save(run: Run) -> bytes:
     """The whole training state as bytes (``state.pack_state``)."""
     moments = {k: dict(run.optimizer.state[v]) for k, v in run.leaves().items() if v in run.optimizer.state}
     kept = {k: {key: t for key, t in values.items() if t is not None} for k, values in moments.items()}
-    return pack_state(
-        State(run.config.config_hash, run.graph, run.epoch, run.params, kept, run.best, run.best_score, run.history)
-    )
+    state = State(
+        run.config.config_hash, run.graph, run.epoch, run.params, kept, run.best, run.best_score, run.history,
+        run.average, run.averages,
+    )  # fmt: skip
+    return pack_state(state)
 
 
 def _restore_moments(run: Run, moments: Moments) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class State:
     """Everything that the next epoch depends on.
 
     ``epoch``: epochs done. ``best``/``best_score``: the best network so far, None before the ramp has ended.
-    ``history``: the metrics of every epoch. ``config_hash``: of the run that wrote it.
+    ``history``: the metrics of every epoch. ``config_hash``: of the run that wrote it. ``average``: of the weights of
+    ``averages`` networks, empty where nothing is averaged (yet).
     """
 
     config_hash: str
@@ -38,6 +39,8 @@ class State:
     best: Params | None
     best_score: tuple[float, float] | None
     history: list[dict[str, float]]
+    average: Params = field(default_factory=dict)
+    averages: int = 0
 
 
 def pack_state(state: State) -> bytes:
@@ -46,6 +49,7 @@ def pack_state(state: State) -> bytes:
 
     tensors = {f"params/{k}": v for k, v in state.params.items()}
     tensors |= {f"best/{k}": v for k, v in (state.best or {}).items()}
+    tensors |= {f"average/{k}": v for k, v in state.average.items()}
     tensors |= {f"optimizer/{k}/{key}": v for k, values in state.moments.items() for key, v in values.items()}
     header = {
         "format": FORMAT,
@@ -54,6 +58,7 @@ def pack_state(state: State) -> bytes:
         "epoch": str(state.epoch),
         "best_score": json.dumps(state.best_score),
         "history": json.dumps(state.history),
+        "averages": str(state.averages),
     }
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
     data: bytes = safetensors.torch.save(plain, metadata=header)
@@ -85,6 +90,8 @@ def unpack_state(data: bytes, source: str = "training state") -> State:
             best=_under("best/", tensors) or None,
             best_score=None if score is None else (score[0], score[1]),
             history=json.loads(header["history"]),
+            average=_under("average/", tensors),
+            averages=int(header.get("averages", "0")),
         )
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{source}: not a training state written by cactus-ray ({error})") from error

@@ -13,6 +13,7 @@ from cactus_ray.bounds.interval import ball
 from cactus_ray.config import RunConfig
 from cactus_ray.training.attacks import pgd
 from cactus_ray.training.losses import ATTACKED, CERTIFIED_LOSSES, RampRegularizer, Region, standard
+from cactus_ray.training.precision import of_attack
 from cactus_ray.training.workers import Alone, Workers
 
 _EPSILON_OF_REGULARIZER = 1e-6  # stands for 0, where every ratio of widths would be 0/0 (Shi et al. 2021)
@@ -136,9 +137,10 @@ def _attacked(step: Step, region: Region) -> Region:
     assert config.attack_steps is not None
     assert config.attack_step_size is not None
     assert config.box_ratio is not None
-    point = pgd(
-        step.graph, step.params, step.labels, region.ball,
-        steps=config.attack_steps, step_size=config.attack_step_size * step.epsilon,
-        start=step.noise, statistics=step.statistics,
-    )  # fmt: skip
+    with of_attack(config.train, step.images.device):
+        point = pgd(
+            step.graph, step.params, step.labels, region.ball,
+            steps=config.attack_steps, step_size=config.attack_step_size * step.epsilon,
+            start=step.noise, statistics=step.statistics,
+        )  # fmt: skip
     return Region(region.labels, region.ball, point, config.box_ratio)

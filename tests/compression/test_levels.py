@@ -17,6 +17,7 @@ from cactus_ray.errors import ConfigError
         ("prune:gu-l1:1e-5", "prune:gu-l1:0.00001"),
         ("prune:gu-l1:0", "prune:gu-l1:0"),
         ("prune:gu-l1:0.0", "prune:gu-l1:0"),
+        ("prune:gu-l1:.90 + int4:tensor:affine ", "prune:gu-l1:0.9+int4:tensor:affine"),
     ],
 )
 def test_canonical_text(text: str, canonical: str) -> None:
@@ -37,6 +38,10 @@ def test_what_a_level_tells() -> None:
     assert (level.bits, level.structured, level.needs_calibration) == (2, True, True)
     assert (parse_level("fp16").bits, parse_level("prune:gu-l1:0.5").structured) == (None, False)
     assert parse_level("rebn").needs_calibration
+    level = parse_level("int2:tensor:affine")
+    assert (level.bits, level.per_tensor, level.affine) == (2, True, True)
+    level = parse_level("int5")
+    assert (level.bits, level.per_tensor, level.affine) == (5, False, False)
     assert not parse_level("prune:gs-l2:0.5").needs_calibration
 
 
@@ -46,8 +51,13 @@ def test_what_a_level_tells() -> None:
         ("", "text like"),
         (8, "text like"),
         (None, "text like"),
-        ("int9", "int8, int6, int4"),
-        ("INT8", "int8, int6, int4"),
+        ("int9", "int8, int6, int5, int4"),
+        ("int2", "2 bits as one of ternary, ternary:tensor, int2:affine"),
+        ("int4:affine:tensor", "int4:tensor:affine"),
+        ("ternary:affine", "int2:affine"),
+        ("int4:channel", "4 bits as one of int4, int4:tensor, int4:affine, int4:tensor:affine"),
+        ("fp16:tensor", "int8, int6"),
+        ("INT8", "int8, int6, int5, int4"),
         ("dense+int8", "'dense' to stand alone"),
         ("int8+prune:gu-l1:0.5", "in this order"),
         ("int8+rebn", "in this order"),

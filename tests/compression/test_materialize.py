@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from cactus_ray.bounds.graph import Graph, Node, Params, forward
 from cactus_ray.bounds.interval import ball, propagate
 from cactus_ray.compression.calibration import gradients, recalibrate
-from cactus_ray.compression.levels import INTEGER_BITS, parse_level
+from cactus_ray.compression.levels import FORMATS, parse_level
 from cactus_ray.compression.materialize import materialize, remove_channels
 from cactus_ray.compression.prune import apply_masks, masks
 from cactus_ray.compression.quantize import step
 from cactus_ray.compression.size import ideal_bits, macs
+from cactus_ray.config import PRUNE_FAMILIES
 from cactus_ray.errors import UserError
 from cactus_ray.models.fold import fold_batch_norm
 
@@ -21,16 +22,16 @@ KINDS = list(compressible.KINDS)
 
 
 @given(
-    kind=st.sampled_from(KINDS), family=st.sampled_from(["gs-l1", "gs-l2", "ls-l1", "ls-l2"]),
+    kind=st.sampled_from(KINDS), family=st.sampled_from([f for f in PRUNE_FAMILIES if f[1] == "s"]),
     sparsity=st.floats(0, 0.99), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
 def test_masked_and_removed_networks_agree(kind: str, family: str, sparsity: float, seed: int) -> None:
     graph, params = compressible.network(kind, seed)
-    found = masks(graph, params, family, sparsity)
+    x = compressible.images(5, seed)
+    found = masks(graph, params, family, sparsity, gradients(graph, params, x, torch.arange(5) % 3))
     masked = apply_masks(params, found)
     small_graph, small = remove_channels(graph, masked, found)
-    x = compressible.images(5, seed)
     assert (forward(graph, masked, x) - forward(small_graph, small, x)).abs().max() < 1e-10
     wide, narrow = (propagate(g, p, ball(x, 0.05, (0, 1))) for g, p in ((graph, masked), (small_graph, small)))
     assert (wide.lower - narrow.lower).abs().max() < 1e-10
@@ -69,16 +70,37 @@ def test_levels_without_rounding_keep_the_function(kind: str, text: str) -> None
 def test_rounding_acts_on_folded_weights() -> None:
     graph, params = compressible.network("batch norm", dtype=torch.float32)
     folded_graph, folded = fold_batch_norm(graph, params)
-    for text, bits in INTEGER_BITS.items():
-        compressed = materialize(graph, params, parse_level(text))
+    for text in FORMATS:
+        level = parse_level(text)
+        if level.bits is None:
+            continue
+        compressed = materialize(graph, params, level)
         assert compressed.graph == folded_graph
         for node in folded_graph.weighted():
             key = f"{node.name}.weight"
-            rows = step(folded[key], bits).view(-1, *[1] * (folded[key].dim() - 1))
+            stored = compressed.stored[key]
+            assert stored.scale is not None
+            rows = stored.scale.view(-1, *[1] * (folded[key].dim() - 1))
             assert bool(((compressed.params[key] - folded[key]).abs() <= rows * 0.5 * (1 + 1e-5)).all())
-            assert compressed.stored[key].bits == bits
+            assert (stored.bits, stored.zero_point is not None) == (level.bits, level.affine)
+            assert len(stored.scale) == (1 if level.per_tensor else len(folded[key]))
+            if not level.affine:
+                wanted = step(folded[key].double(), level.bits, per_tensor=level.per_tensor).float()
+                assert torch.equal(stored.scale, wanted)
         biases = {k: v for k, v in folded.items() if k.endswith(".bias")}
         assert all(torch.equal(compressed.params[k], v) for k, v in biases.items())
+
+
+@pytest.mark.parametrize("text", [*FORMATS, "prune:gu-l1:0.7+int4:tensor:affine", "prune:ls-l2:0.5+int3"])
+@pytest.mark.parametrize("kind", ["cnn", "residual"])
+def test_materialising_twice_changes_nothing(kind: str, text: str) -> None:
+    graph, params = compressible.network(kind, dtype=torch.float32)
+    once = materialize(graph, params, parse_level(text))
+    twice = materialize(once.graph, once.params, parse_level(text.rpartition("+")[2]))
+    assert twice.graph == once.graph
+    for name, tensor in once.params.items():
+        torch.testing.assert_close(twice.params[name], tensor, rtol=3e-7, atol=0)
+        assert torch.equal(twice.params[name] == 0, tensor == 0)
 
 
 @pytest.mark.parametrize(("text", "relative"), [("fp16", 2**-11), ("bf16", 2**-8)])
@@ -104,7 +126,7 @@ def test_overflow_and_non_finite_weights_are_named() -> None:
 
 def test_pruned_zeros_have_no_sign() -> None:
     graph, params = compressible.network("mlp", dtype=torch.float32)
-    for text in ("prune:gu-l1:0.5", "prune:gu-l1:0.5+fp16", "prune:gu-l1:0.5+int4"):
+    for text in ("prune:gu-l1:0.5", "prune:gu-l1:0.5+fp16", "prune:gu-l1:0.5+int4", "prune:gu-l1:0.5+int4:affine"):
         weight = materialize(graph, params, parse_level(text)).params["1.weight"]
         assert int((weight == 0).sum()) > 0
         assert not torch.signbit(weight[weight == 0]).any()
@@ -168,6 +190,8 @@ def test_ideal_bits_by_hand() -> None:
     assert ideal_bits(materialize(graph, params, parse_level("dense"))) == 2 * (32 + 5)
     assert ideal_bits(materialize(graph, params, parse_level("fp16"))) == 2 * (16 + 5)
     assert ideal_bits(materialize(graph, params, parse_level("int4"))) == 2 * (4 + 5) + 2 * 32
+    assert ideal_bits(materialize(graph, params, parse_level("int4:tensor"))) == 2 * (4 + 5) + 32
+    assert ideal_bits(materialize(graph, params, parse_level("int4:affine"))) == 2 * (4 + 5) + 2 * (32 + 4)
     full = _single(torch.ones(2, 16))
     assert ideal_bits(materialize(*full, parse_level("int4"))) == 32 * 4 + 2 * 32
     half = _single(torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 8))

@@ -1,5 +1,7 @@
 """Image folders of one's own: what is read, and what is refused by name."""
 
+import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +132,30 @@ def test_too_few_images_to_hold_out(root: Path) -> None:
             path.unlink()
     with pytest.raises(UserError, match="the selection split is empty"):
         load(config(root), ("selection",))
+
+
+def test_real_photographs(test_data: Path, tmp_path: Path) -> None:
+    """Some of the JPEG CIFAR-10, as its archive unpacks."""
+    path = test_data / "cifar10_jpeg.tar.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    taken: Counter[str] = Counter()
+    with tarfile.open(path) as archive:
+        for member in archive:
+            folder = str(Path(member.name).parent)
+            if member.isfile() and taken[folder] < 12:
+                taken[folder] += 1
+                archive.extract(member, tmp_path, filter="data")
+    data = load(config(tmp_path / "cifar10_jpeg"))
+    assert data.class_names == (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    )  # fmt: skip
+    assert data.input_shape == (3, 32, 32)
+    assert {k: v.bincount().tolist() for k, v in data.labels.items()} == {
+        "train": [11] * 10, "selection": [1] * 10, "test": [12] * 10,
+    }  # fmt: skip
+    images = data.images["train"]
+    assert 0.3 < float(images.mean()) < 0.6
+    assert 0.15 < float(images.std()) < 0.35
+    smaller, _ = load_split("image_folder", "test", str(tmp_path / "cifar10_jpeg"), image_size=16)
+    assert smaller.shape == (120, 3, 16, 16)

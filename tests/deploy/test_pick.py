@@ -58,8 +58,8 @@ def test_requirements_are_checked_and_canonical() -> None:
         Requirements(prefer="speed")
     with pytest.raises(ConfigError, match="--min-certified"):
         Requirements(min_certified=1.5)
-    with pytest.raises(ConfigError, match="level: got 'int5'"):
-        Requirements(level="int5")
+    with pytest.raises(ConfigError, match="level: got 'int7'"):
+        Requirements(level="int7")
 
 
 @pytest.mark.parametrize(

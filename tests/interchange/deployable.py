@@ -7,17 +7,19 @@ from torch import Tensor, nn
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.bounds.trace import trace
-from cactus_ray.compression.levels import FORMATS, parse_level
+from cactus_ray.compression.levels import FORMATS, INTEGER_BITS, parse_level
 from cactus_ray.compression.materialize import Compressed, materialize
 from cactus_ray.interchange.write import FileInfo
 from cactus_ray.models.normalize import Normalize
 
 INFO = FileInfo("digits", ("zero", "one", "zwei \u00e4"), (0.0, 1.0))
 SHAPE = (1, 8, 8)
+SOME_FORMATS = ("fp16", "bf16", *INTEGER_BITS, "int8:affine", "int4:tensor:affine", "int2:affine")
 LEVELS = (
     "dense",
     *FORMATS,
-    *(f"prune:gu-l1:{s}{f}" for s in (0.5, 0.9, 0.97) for f in ("", *(f"+{f}" for f in FORMATS))),
+    *(f"prune:gu-l1:{s}{f}" for s in (0.5, 0.9, 0.97) for f in ("", "+fp16", "+int8", "+int3")),
+    *(f"prune:gu-l1:0.9+{f}" for f in SOME_FORMATS if f not in ("fp16", "int8", "int3")),
     "prune:lu-l2:0.8+int6",
     "prune:gs-l2:0.5+rebn+int8",
     "prune:ls-l1:0.5",

@@ -29,7 +29,7 @@ def excess(file: bytes, arithmetic: str) -> float:
     return max(float((lower - true).max()) for lower in found)
 
 
-@pytest.mark.parametrize("level", ["dense", "fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("level", ["dense", "fp16", "bf16", "int8", "int4", "int4:affine", "int5:tensor"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnxruntime_stays_inside(kind: str, level: str) -> None:
     file = onnx_bytes(compressed(kind, level), INFO)

@@ -63,9 +63,12 @@ def _size(level: str) -> int:
 
 
 def test_sizes_fall_with_the_level() -> None:
-    sizes = [_size(level) for level in ("dense", "fp16", "int8", "int6", "int4", "int3", "ternary")]
+    sizes = [_size(level) for level in ("dense", "fp16", "int8", "int6", "int5", "int4", "int3", "ternary")]
     assert sizes == sorted(sizes, reverse=True)
     assert _size("bf16") == _size("fp16")
+    assert _size("int4:tensor") < _size("int4") < _size("int4:affine")
+    sizes = [_size(f"int{bits}:tensor:affine") for bits in (8, 6, 5, 4, 3, 2)]
+    assert sizes == sorted(sizes, reverse=True)
     sizes = [_size(f"prune:gu-l1:{s}") for s in (0.0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)]
     assert sizes == sorted(sizes, reverse=True)
     sizes = [_size(f"prune:gu-l1:{s}+int8") for s in (0.0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.99)]
@@ -73,7 +76,15 @@ def test_sizes_fall_with_the_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("level", "share"), [("fp16", 0.51), ("int8", 0.27), ("int4", 0.15), ("prune:gu-l1:0.95", 0.08)]
+    ("level", "share"),
+    [
+        ("fp16", 0.51),
+        ("int8", 0.27),
+        ("int4", 0.15),
+        ("int4:affine", 0.16),
+        ("int2:affine", 0.1),
+        ("prune:gu-l1:0.95", 0.08),
+    ],
 )
 def test_share_of_the_dense_file(level: str, share: float) -> None:
     assert _size(level) < share * _size("dense")
@@ -98,7 +109,7 @@ def test_the_chosen_encodings_are_the_smallest(level: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("encoding", encode.ENCODINGS)
-@pytest.mark.parametrize("level", ["dense", "fp16", "bf16", "int8", "int6", "int4", "int3", "ternary"])
+@pytest.mark.parametrize("level", ["dense", *deployable.SOME_FORMATS])
 @pytest.mark.parametrize("pattern", ["zeros", "full", "first", "last", "sparse", "very sparse"])
 def test_every_encoding_is_exact(encoding: str, level: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd sizes, empty tensors of values, long gaps: also where ``choose`` would not use the encoding."""

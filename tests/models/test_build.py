@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,12 +69,75 @@ def test_cnn_small_on_large_and_on_small_images() -> None:
     assert digits.graph["conv2"]["stride"] == (2, 2)
 
 
+def test_cnn5() -> None:
+    network = create(run("cifar10", name="cnn5"), (3, 32, 32), 10)
+    assert shapes(network.params) == {
+        "conv1.weight": (32, 3, 3, 3),
+        "conv2.weight": (64, 32, 3, 3),
+        "conv3.weight": (64, 64, 3, 3),
+        "fc1.weight": (256, 64 * 8 * 8),
+        "fc2.weight": (10, 256),
+    }
+    assert network.graph.nodes[1].op == "scale_shift"
+    assert all(n.op != "batch_norm" for n in network.graph.nodes)
+
+
+def _wired(shape: tuple[int, ...], **model: object) -> tuple[list[tuple[int, ...]], list[str], dict[str, Any]]:
+    """Output shapes of the convolutions, the operators that follow the stem, and the strides by name."""
+    network = create(run("cifar10", name="resnet18", **model), shape, 10)
+    found = network.graph.shapes(network.params)
+    convolutions = [n for n in network.graph.nodes if n.op == "conv2d"]
+    operators = [n.op for n in network.graph.nodes][:6]
+    return [found[n.name] for n in convolutions], operators, {n.name: n["stride"] for n in convolutions}
+
+
+def test_resnet18_is_torchvisions_with_another_stem_for_small_images() -> None:
+    from torchvision.models import resnet18
+
+    reference = {k: tuple(v.shape) for k, v in resnet18().state_dict().items() if "num_batches" not in k}
+    large = create(run("cifar10", name="resnet18"), (3, 96, 96), 1000)
+    ours = {k: tuple(v.shape) for k, v in large.params.items() if not k.startswith("normalize")}
+    assert ours == reference
+    small = create(run("cifar10", name="resnet18"), (3, 64, 64), 1000)
+    ours = {k: tuple(v.shape) for k, v in small.params.items() if not k.startswith("normalize")}
+    assert ours == reference | {"conv1.weight": (64, 3, 3, 3)}
+    shapes_, operators, strides = _wired((3, 32, 32), width=0.25)
+    assert operators == ["input", "scale_shift", "conv2d", "batch_norm", "relu", "conv2d"]
+    assert shapes_[0] == (16, 32, 32)
+    assert shapes_[-1] == (128, 4, 4)
+    assert {k for k, v in strides.items() if v == (2, 2)} == {
+        f"layer{i}.0.{name}" for i in (2, 3, 4) for name in ("conv1", "downsample.0")
+    }
+    assert _wired((3, 96, 96), width=0.25)[0][0] == (16, 48, 48)
+    assert _wired((3, 96, 96), width=0.25)[1][5] == "max_pool2d"
+
+
+def test_resnet18_computes_what_torchvisions_does(generator: torch.Generator) -> None:
+    from torchvision.models import resnet18
+
+    with torch.random.fork_rng(devices=[]):
+        reference = resnet18(num_classes=10).eval()
+    module = build(ModelConfig(name="resnet18"), (3, 96, 96), 10, generator=generator).eval()
+    missing = module.load_state_dict(reference.state_dict(), strict=False)
+    assert missing.missing_keys == ["normalize.scale", "normalize.shift"]
+    assert not missing.unexpected_keys
+    x = torch.rand(2, 3, 96, 96, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), reference((x - 0.5) / 0.25), rtol=1e-4, atol=1e-5)
+
+
+def test_resnet18_without_batch_norm_has_biases() -> None:
+    network = create(run("cifar10", name="resnet18", width=0.1, batch_norm=False), (3, 16, 16), 10)
+    assert all(n.op != "batch_norm" for n in network.graph.nodes)
+    assert all(f"{n.name}.bias" in network.params for n in network.graph.weighted())
+
+
 def test_mlp_hidden_and_width() -> None:
     network = create(run("digits", name="mlp", hidden=(30, 20), width=0.5), (1, 8, 8), 10)
     assert shapes(network.params) == {"fc1.weight": (15, 64), "fc2.weight": (10, 15), "fc3.weight": (10, 10)}
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn_small", "cnn7"])
+@pytest.mark.parametrize("name", ["mlp", "cnn_small", "cnn5", "cnn7"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_batch_norm_follows_every_hidden_layer_or_none(name: str, batch_norm: bool) -> None:
     graph = create(run("digits", name=name, width=0.1, batch_norm=batch_norm), (1, 8, 8), 10).graph
@@ -103,7 +167,7 @@ def test_the_generator_moves_on(generator: torch.Generator) -> None:
     assert not torch.equal(next(first.parameters()), next(second.parameters()))
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn_small", "cnn7"])
+@pytest.mark.parametrize("name", ["mlp", "cnn_small", "cnn5", "cnn7", "resnet18"])
 def test_graph_computes_what_the_module_does(name: str, generator: torch.Generator) -> None:
     from cactus_ray.bounds.trace import trace
 

@@ -53,7 +53,7 @@ def test_nested_and_dotted_parameters_both_validate(validator: jsonschema.Draft2
         ({"levls": []}, []),
         ({"name": "a/b"}, ["name"]),
         ({"threat": {"epsilon": -0.1}}, ["threat", "epsilon"]),
-        ({"levels": ["int5"]}, ["levels", 0]),
+        ({"levels": ["int7"]}, ["levels", 0]),
         ({"levels": ["int8+prune:gu-l1:0.5"]}, ["levels", 0]),
         ({"train": {"epochs": "many"}}, ["train", "epochs"]),
         ({"train": {"epoch": 3}}, ["train"]),

@@ -14,6 +14,7 @@ from cactus_ray.compression.prune import masks
 from cactus_ray.config import AWP_UNITS, STRATEGIES, RunConfig
 from cactus_ray.config import METHODS as NAMES
 from cactus_ray.data import DataSet
+from cactus_ray.errors import ConfigError
 from cactus_ray.models import create
 from cactus_ray.training import perturb
 from cactus_ray.training.init import ibp_initialization
@@ -165,6 +166,45 @@ def test_perturbed_members_stay_inside_the_radius(
         assert (delta.abs() <= limit * (1 + 1e-5) + 1e-6).all()
         assert (tensor[mask[name] == 0] == 0).all() if name in mask else True
     assert moved > 0
+
+
+@pytest.mark.parametrize("unit", ["step", "std", "absolute", "int4"])
+@pytest.mark.parametrize("kind", ["noise", "rounding"])
+@pytest.mark.parametrize(("strategy", "where", "members"), [("single", "separate", 2), ("single", "pruned", 1)])
+def test_cheap_members_stay_inside_the_radius_and_cost_no_pass(
+    unit: str, kind: str, strategy: str, where: str, members: int, run_config: Any, few_digits: DataSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(perturb, "ascend", _forbidden)
+    monkeypatch.setattr(perturb, "jump", _forbidden)
+    config = run_config(
+        **CACTUS, awp_radius=0.5, awp_unit=unit, awp_kind=kind, awp_member=where, compression_set={"strategy": strategy}
+    )
+    step = make_step(config, few_digits)
+    seen = _record_members(monkeypatch)
+    losses, gradients = take(step)
+    assert len(seen) == members == len(losses) - 1
+    assert all(g.isfinite().all() for g in gradients.values())
+    mask = step.memory["masks"][0] if where == "pruned" else {}
+    base = {k: v.detach() * mask.get(k, 1.0) for k, v in step.params.items()}
+    limits = perturb.radii(step.graph, base, 0.5, unit)
+    for name, limit in limits.items():
+        delta = seen[0][name] - base[name]
+        assert (delta.abs() <= limit * (1 + 1e-5) + 1e-6).all()
+        assert delta.abs().sum() > 0
+        assert (seen[0][name][mask[name] == 0] == 0).all() if name in mask else True
+    again = make_step(config, few_digits)
+    losses_again, _ = take(again)
+    assert losses == losses_again
+
+
+def test_kinds_that_do_not_ascend_refuse_its_options(run_config: Any) -> None:
+    with pytest.raises(ConfigError, match="awp_steps: got 3; expected nothing, or 1: noise does not ascend"):
+        run_config(**CACTUS, awp_radius=0.5, awp_kind="noise", awp_steps=3)
+    with pytest.raises(ConfigError, match="awp_unit: got 'relative'; expected a unit that makes a grid"):
+        run_config(**CACTUS, awp_radius=0.5, awp_kind="rounding", awp_unit="relative")
+    with pytest.raises(ConfigError, match="awp_kind"):
+        run_config(method="sabr", awp_kind="noise")
 
 
 def test_member_sees_the_first_fraction_of_the_batch(

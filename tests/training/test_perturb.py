@@ -4,7 +4,7 @@ import torch
 from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.compression.quantize import dequantize, quantize
 from cactus_ray.config import AWP_UNITS
-from cactus_ray.training.perturb import apply, ascend, jump, radii
+from cactus_ray.training.perturb import apply, ascend, jump, noise, radii, rounding
 
 IMAGES, LABELS = torch.rand(32, 2, generator=torch.Generator().manual_seed(3)), torch.arange(32) % 2
 
@@ -44,6 +44,51 @@ def test_half_a_step_covers_the_rounding_to_int8(tiny: tuple[Graph, Params], gen
     limit = radii(graph, params, 0.5, "step")["fc1.weight"]
     error = dequantize(*quantize(params["fc1.weight"], 8)) - params["fc1.weight"]
     assert (error.abs() <= limit + 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    ("unit", "bits"), [("step", 8), ("int6", 6), ("int5", 5), ("int4", 4), ("int3", 3), ("ternary", 2)]
+)
+def test_rounding_by_half_a_step_is_the_level(
+    unit: str, bits: int, tiny: tuple[Graph, Params], generator: torch.Generator
+) -> None:
+    graph, params = tiny
+    params = params | {f"fc{i}.weight": torch.randn(2, 2, generator=generator) for i in (1, 2)}
+    found = apply(params, rounding(params, radii(graph, params, 0.5, unit)))
+    for name in ("fc1.weight", "fc2.weight"):
+        torch.testing.assert_close(found[name], dequantize(*quantize(params[name], bits)), rtol=1e-6, atol=1e-7)
+    assert torch.equal(found["fc1.bias"], params["fc1.bias"])
+
+
+def test_rounding_lets_gradients_straight_through(tiny: tuple[Graph, Params]) -> None:
+    graph, params = tiny
+    leaves = {k: (v * 0.93).requires_grad_() for k, v in params.items()}
+    deltas = rounding(leaves, radii(graph, leaves, 0.5, "ternary"))
+    assert not any(d.requires_grad for d in deltas.values())
+    _loss(graph, apply(leaves, deltas)).backward()
+    rounded = {k: (v + deltas.get(k, 0.0)).detach().requires_grad_() for k, v in leaves.items()}
+    _loss(graph, rounded).backward()
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, rounded[name].grad)
+
+
+def test_rounding_keeps_what_may_not_move(tiny: tuple[Graph, Params]) -> None:
+    _, params = tiny
+    limits = {"fc1.weight": torch.tensor([[0.0, 0.4], [0.0, 0.4]])}
+    found = apply(params, rounding(params, limits))["fc1.weight"]
+    assert found[:, 0].tolist() == params["fc1.weight"][:, 0].tolist()
+    assert found[:, 1].tolist() == pytest.approx([-0.8, 0.8])
+
+
+def test_noise_fills_its_radius_evenly(tiny: tuple[Graph, Params], generator: torch.Generator) -> None:
+    weight, limit = torch.zeros(100, 100), torch.full((100, 1), 0.3)
+    delta = noise({"fc1.weight": weight}, {"fc1.weight": limit}, generator)["fc1.weight"]
+    assert delta.abs().max() <= 0.3
+    assert delta.abs().mean() == pytest.approx(0.15, rel=0.05)
+    assert abs(float(delta.mean())) < 0.01
+    again = noise({"fc1.weight": weight}, {"fc1.weight": limit}, torch.Generator().manual_seed(1))["fc1.weight"]
+    assert not torch.equal(delta, again)
 
 
 def test_one_step_is_the_whole_jump(tiny: tuple[Graph, Params]) -> None:

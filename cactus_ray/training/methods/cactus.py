@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Params
@@ -24,10 +25,10 @@ from cactus_ray.training.step import Step, ascent_loss, full_loss, member_loss
 def cactus(step: Step) -> Iterator[Tensor]:
     """The members' losses, each divided by their number; the full network first.
 
-    Members beside it: a copy per drawn sparsity, pruned by the current weights; with ``awp_radius`` > 0 also the worst
-    perturbation of the full network ("separate"), or of each pruned copy ("pruned"; of the full network where no copy
-    is pruned), as soon as the certified loss has a weight. Members see the first ``member_fraction`` of the (shuffled)
-    batch: the mean over it estimates the same loss without bias, so the weights stay.
+    Members beside it: a copy per drawn sparsity, pruned by the current weights; with ``awp_radius`` > 0 also the full
+    network with perturbed weights ("separate"), or each pruned copy is perturbed ("pruned"; the full network where no
+    copy is pruned), as soon as the certified loss has a weight. Members see the first ``member_fraction`` of the
+    (shuffled) batch: the mean over it estimates the same loss without bias, so the weights stay.
     """
     config = step.config
     kind, chosen, eta = config.certified_loss, config.compression_set, config.awp_radius
@@ -43,7 +44,7 @@ def cactus(step: Step) -> Iterator[Tensor]:
     yield share * loss
     region = region.first(math.ceil(chosen.member_fraction * len(region.labels)))
     # Before another member adds to the gradients, which then are those of the full network alone.
-    deltas = _worst_deltas(step, step.params, region) if separate else None
+    deltas = _deltas(step, step.params, region) if separate else None
     kept = _masks(step, chosen, sparsities)
 
     if deltas is not None:
@@ -51,7 +52,7 @@ def cactus(step: Step) -> Iterator[Tensor]:
     for mask in kept:
         member = apply_masks(step.params, mask)
         if perturbed and not separate:
-            member = perturb.apply(member, _worst_deltas(step, member, region, mask))
+            member = perturb.apply(member, _deltas(step, member, region, mask))
         yield share * member_loss(step, member, region, kind)
 
 
@@ -79,12 +80,15 @@ def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ..
     return kept
 
 
-def _worst_deltas(step: Step, params: Params, region: Region, mask: Params | None = None) -> Params:
-    """Perturbations within ``awp_radius`` that raise standard plus certified loss on the region (Eq. 9).
+def _deltas(step: Step, params: Params, region: Region, mask: Params | None = None) -> Params:
+    """Perturbations of the weights within ``awp_radius``; under a ``mask`` what is pruned stays exactly zero.
 
-    Under a ``mask`` what is pruned stays exactly zero. For the full network and one step, the sign of its own gradient
-    (of the weighted loss, on the whole batch) stands for theirs: it is there already, as in SAM, and saves the inner
-    passes. Each worker ascends on its own images.
+    noise: uniform, the same on all workers; rounding: to the grid of twice the radius. Neither costs a pass.
+
+    ascent: those that raise standard plus certified loss on the region (Eq. 9). For the full network and one step, the
+    sign of its own gradient (of the weighted loss, on the whole batch) stands for theirs: it is there already, as in
+    SAM, and saves the inner passes; else every step costs a forward and a backward pass of both losses. Each worker
+    ascends on its own images.
     """
     config = step.config
     kind, steps = config.certified_loss, config.awp_steps
@@ -93,8 +97,13 @@ def _worst_deltas(step: Step, params: Params, region: Region, mask: Params | Non
     assert config.awp_radius is not None
     assert config.awp_unit is not None
     limits = perturb.radii(step.graph, params, config.awp_radius, config.awp_unit)
-    if mask is None and steps == 1:
-        return perturb.jump(step.gradients(), limits)
     if mask is not None:
         limits = apply_masks(limits, mask)
+    if config.awp_kind == "noise":
+        seed = int(torch.randint(2**63 - 1, (), generator=step.generator))
+        return perturb.noise(params, limits, torch.Generator(step.images.device).manual_seed(seed))
+    if config.awp_kind == "rounding":
+        return perturb.rounding(params, limits)
+    if mask is None and steps == 1:
+        return perturb.jump(step.gradients(), limits)
     return perturb.ascend(lambda member: ascent_loss(step, member, region, kind), params, limits, steps)
