@@ -141,8 +141,8 @@ def _print(console: Console, found: Costs, options: BenchOptions) -> None:
     console.print(
         f"{options.model} (width {options.width:g}), batch {options.batch_size} of {options.image}, {options.device},"
         f" {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout}; medians of"
-        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F; MB: peak of live tensors;"
-        " 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
+        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F; MB: peak of live"
+        " tensors; 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
         highlight=False,
     )
 
