@@ -26,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
+bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(bench_app, name="bench")
 # Recent typer brings its own copy of click, so click's name for the parent of all usage errors may be another class.
 UsageError: Any = typer.BadParameter.__mro__[1]
 out = Console()
@@ -234,6 +236,27 @@ def verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
         bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
     )  # fmt: skip
+
+
+@bench_app.command("train")
+def bench_train(
+    model: Annotated[str, typer.Option(help="Architecture, such as cnn_small or cnn7.")] = "cnn_small",
+    width: Annotated[float, typer.Option(help="Factor on every width.")] = 1.0,
+    image: Annotated[str, typer.Option(help="Channels, height and width of an image.")] = "1x28x28",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: all.")] = None,
+    attack_steps: Annotated[str, typer.Option(help="Steps of the attacks, such as 1,8.")] = "1,8",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns in which all steps are timed.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Time one training step of every method against a plain forward pass, in turns, on random images."""
+    from cactus_ray.commands.bench import BenchOptions
+    from cactus_ray.commands.bench import bench_train as run_bench
+
+    options = BenchOptions(model, width, image, batch_size, methods, attack_steps, repeats, threads, device)
+    run_bench(out, options, as_json=as_json)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -73,7 +73,7 @@ def train(
     save(result.network, to)
     other = "best" if config.train.keep == "last" else "last"
     save(result.best if other == "best" else result.last, to.with_suffix(f".{other}.safetensors"))
-    summary_ = {"network": str(to), "config_hash": config.config_hash, "seconds": result.seconds, **result.history[-1]}
+    summary_ = {"network": str(to), "config_hash": config.config_hash, **result.history[-1], "seconds": result.seconds}
     if as_json:
         console.print_json(json.dumps(summary_))
     else:

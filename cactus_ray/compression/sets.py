@@ -44,6 +44,12 @@ def draw(
     raise ValueError(f"strategy {config.strategy!r}")
 
 
+def members(config: CompressionSetConfig) -> int:
+    """How many members the set has, the full network included."""
+    drawn = {"none": 0, "single": 1, "triple": 3, "dense": 5, "progressive": 1, "adaptive": len(_ENERGY)}
+    return 1 + drawn.get(config.strategy, config.size - 1)
+
+
 def _uniform(config: CompressionSetConfig, count: int, generator: torch.Generator) -> tuple[float, ...]:
     draws: list[float] = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
     return tuple(config.low + (config.high - config.low) * u for u in draws)

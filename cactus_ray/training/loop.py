@@ -132,7 +132,7 @@ def _epoch(run: Run) -> dict[str, float]:
             workers=run.workers,
         )  # fmt: skip
         rate = learning_rate_at(fraction, config.train, config.learning_rate)
-        _update(run, step, rate, seen[index])
+        update(run, step, rate, seen[index])
     run.workers.mean_([v for k, v in run.params.items() if k.rsplit(".", 1)[-1].startswith("running_")] + [seen])
     _check_finite(run, seen)
     run.epoch += 1
@@ -158,7 +158,7 @@ def _noise(run: Run, standard_weight: float, generator: torch.Generator) -> Tens
     return torch.rand(shape, generator=generator, device=run.device)
 
 
-def _update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
+def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
     """Gradient of the step's loss, clipped, and one move of the optimiser. Writes loss and norm into ``seen`` [2]."""
     train = run.config.train
     leaves = run.leaves()

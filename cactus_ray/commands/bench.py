@@ -1,0 +1,151 @@
+"""``cactus-ray bench train``: what the steps of the training methods cost on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import rich.box
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cactus_ray.config import METHODS, RunConfig, options_of, parse
+from cactus_ray.data import DataSet
+from cactus_ray.errors import ConfigError
+from cactus_ray.training.bench import Costs, Spread, measure
+
+CLASSES = 10
+# 1/4: members see a quarter of the batch, under a mask that is kept for ten steps.
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "single": {"compression_set": {"strategy": "single"}},
+    "single 1/4": {"compression_set": {"strategy": "single", "member_fraction": 0.25, "refresh_every": 10}},
+    "triple": {"compression_set": {"strategy": "triple"}},
+    "triple 1/4": {"compression_set": {"strategy": "triple", "member_fraction": 0.25, "refresh_every": 10}},
+    "awp": {"compression_set": {"strategy": "none"}, "awp_radius": 0.5},
+    "single + awp": {"compression_set": {"strategy": "single"}, "awp_radius": 0.5},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What is measured. ``image``: text such as 1x28x28; ``steps_of_attack``: text such as 1,8."""
+
+    model: str
+    width: float
+    image: str
+    batch_size: int
+    methods: str | None
+    steps_of_attack: str
+    repeats: int
+    threads: int
+    device: str
+
+
+def bench_train(console: Console, options: BenchOptions, *, as_json: bool) -> None:
+    """Time every method's step beside the plain forward, in one process and in turns, and print the table.
+
+    Random images: no data set is needed. Raises ConfigError for options that do not fit.
+    """
+    shape = _shape(options.image)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device", options.device, "cpu: torch sees no CUDA device")
+    torch.set_num_threads(options.threads)
+    cases = _cases(options, shape)
+    with console.status("measuring") as status:
+        found = measure(
+            cases, _images(shape, options.batch_size), repeats=options.repeats, device=options.device,
+            progress=status.update if not as_json else lambda text: None,
+        )  # fmt: skip
+    if as_json:
+        settings = asdict(options) | {"torch": torch.__version__}
+        console.print_json(json.dumps({"settings": settings, **asdict(found)}))
+    else:
+        _print(console, found, options)
+
+
+def _cases(options: BenchOptions, shape: tuple[int, ...]) -> list[tuple[str, RunConfig]]:
+    counts = _whole_numbers("--attack-steps", options.steps_of_attack)
+    wanted = options.methods.split(",") if options.methods else list(METHODS)
+    cases: list[tuple[str, RunConfig]] = []
+    for method in wanted:
+        if method not in METHODS:
+            raise ConfigError("--methods", method, f"some of {', '.join(METHODS)}, separated by commas")
+        variants = STRATEGIES if method == "cactus" else {"": {}}
+        for variant, values in variants.items():
+            attacked = "attack_steps" in options_of(method, "sabr" if method == "cactus" else None)
+            for count in counts if attacked else (None,):
+                name = " ".join([method, variant] if variant else [method])
+                cases.append((name, _config(options, shape, method, values, count)))
+    return cases
+
+
+def _config(
+    options: BenchOptions, shape: tuple[int, ...], method: str, values: dict[str, Any], attack_steps: int | None
+) -> RunConfig:
+    plain = {
+        # only its normalisation is used: no file is read
+        "data": {"name": "image_folder" if shape[0] == 3 else "mnist", "root": "."},
+        "model": {"name": options.model, "width": options.width},
+        "threat": {"epsilon": 0.1 if shape[0] == 1 else 8 / 255},
+        "train": {"batch_size": options.batch_size},
+        "method": method,
+        **({"certified_loss": "sabr"} if method == "cactus" else {}),
+        **({} if attack_steps is None else {"attack_steps": attack_steps}),
+        **values,
+    }
+    return parse(RunConfig, plain)
+
+
+def _images(shape: tuple[int, ...], batch_size: int) -> DataSet:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((batch_size, *shape), generator=generator)
+    labels = torch.randint(CLASSES, (batch_size,), generator=generator)
+    splits = ("train", "selection")
+    names = tuple(str(c) for c in range(CLASSES))
+    return DataSet("random", names, dict.fromkeys(splits, images), dict.fromkeys(splits, labels), {})
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise ConfigError("--image", text, "channels, height and width, such as 1x28x28")
+    channels, height, width = (int(part) for part in text.split("x"))
+    if channels not in (1, 3):
+        raise ConfigError("--image", text, "1 or 3 channels")
+    return channels, height, width
+
+
+def _whole_numbers(option: str, text: str) -> Sequence[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ConfigError(option, text, "whole numbers of at least 1, separated by commas, such as 1,8")
+    return [int(part) for part in text.split(",")]
+
+
+def _print(console: Console, found: Costs, options: BenchOptions) -> None:
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", "MB"):
+        table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
+    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "")
+    for step in found.steps:
+        times = step.forwards
+        ideal, efficiency = step.ideal, step.efficiency
+        table.add_row(
+            step.name, "" if step.attack_steps is None else str(step.attack_steps), _milliseconds(step.seconds),
+            f"{times.median:.1f}", f"{times.low:.1f}-{times.high:.1f}", "" if ideal is None else f"{ideal:.1f}",
+            "" if efficiency is None else f"{efficiency:.2f}", f"{step.peak_bytes / 1e6:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"{options.model} (width {options.width:g}), batch {options.batch_size} of {options.image}, {options.device},"
+        f" {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout}; medians of"
+        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F; MB: peak of live"
+        " tensors; 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
+        highlight=False,
+    )
+
+
+def _milliseconds(spread: Spread) -> str:
+    return f"{1e3 * spread.median:.2f}"
