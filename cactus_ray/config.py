@@ -17,29 +17,18 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from cactus_ray.errors import ConfigError
+from cactus_ray.options import CERTIFIED_LOSSES as CERTIFIED_LOSSES
+from cactus_ray.options import METHOD_KEYS, default_of, loss_of
+from cactus_ray.options import METHODS as METHODS
+from cactus_ray.options import options_of as options_of
 
 T = typing.TypeVar("T")
 
-METHODS = ("cactus", "sabr", "ibp")
-CERTIFIED_LOSSES = ("ibp", "sabr")
 STRATEGIES = ("none", "single", "triple", "random", "fixed", "dense", "progressive", "adaptive")
 PRUNE_FAMILIES = tuple(f"{g}{s}-{n}" for g in "gl" for s in "us" for n in ("l1", "l2", "grad"))
 AWP_UNITS = ("step", "std", "absolute", "relative", "int6", "int5", "int4", "int3", "ternary")
 AWP_KINDS = ("ascent", "noise", "rounding")
 
-_SABR_OPTIONS = ("box_ratio", "attack_steps", "attack_step_size")
-_CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member", "awp_kind")
-_DEFAULTS: dict[str, Any] = {
-    "certified_loss": "sabr", "box_ratio": 0.8, "attack_steps": 1, "attack_step_size": 1.0,
-    "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
-    "awp_kind": "ascent",
-}  # fmt: skip
-
-
-def options_of(method: str, certified_loss: str | None = None) -> tuple[str, ...]:
-    """The method-dependent keys of ``RunConfig`` that this method reads; all others are inactive."""
-    loss = {"sabr": "sabr", "ibp": "ibp"}.get(method, certified_loss or _DEFAULTS["certified_loss"])
-    return (_CACTUS_OPTIONS if method == "cactus" else ()) + (_SABR_OPTIONS if loss == "sabr" else ())
 
 
 def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
@@ -97,6 +86,9 @@ class TrainConfig:
         (0.7, 0.9), doc="fractions at which the learning rate falls", minimum=0.0, maximum=1.0
     )
     decay_factor: float = setting(0.2, doc="factor of each fall", exclusive_minimum=0.0, maximum=1.0)
+    epsilon_factor: float = setting(
+        1.0, doc="largest training radius / threat.epsilon", exclusive_minimum=0.0, maximum=10.0
+    )
     warmup: float = setting(0.02, doc="fraction with epsilon 0 and standard weight 1", minimum=0.0, maximum=1.0)
     ramp: float = setting(0.3, doc="fraction over which epsilon and the standard weight move", minimum=0.0, maximum=1.0)
     initialization: str = setting("ibp", doc="ibp: Shi et al. 2021; default: torch's own", choices=("ibp", "default"))
@@ -168,13 +160,41 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"doc": "training"})
     method: str = setting("cactus", doc="training method", choices=METHODS)
     learning_rate: float = setting(0.005, doc="learning rate", exclusive_minimum=0.0, maximum=10.0)
-    standard_weight: float = setting(
-        0.3, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
+    standard_weight: float | None = setting(
+        None, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
     )
     certified_loss: str | None = setting(None, doc="certified loss of cactus", choices=CERTIFIED_LOSSES)
-    box_ratio: float | None = setting(None, doc="SABR: box radius / epsilon", exclusive_minimum=0.0, maximum=1.0)
-    attack_steps: int | None = setting(None, doc="SABR: PGD steps", minimum=1, maximum=1000)
-    attack_step_size: float | None = setting(None, doc="SABR: step / epsilon", exclusive_minimum=0.0, maximum=10.0)
+    box_ratio: float | None = setting(
+        None, doc="sabr, staps: radius of the small box / epsilon", exclusive_minimum=0.0, maximum=1.0
+    )
+    relu_shrinkage: float | None = setting(
+        None, doc="factor on the upper bounds of unstable ReLUs; below 1 unsound, in training only",
+        exclusive_minimum=0.0, maximum=1.0,
+    )  # fmt: skip
+    attack_steps: int | None = setting(None, doc="PGD steps", minimum=1, maximum=1000)
+    attack_step_size: float | None = setting(
+        None, doc="PGD step / radius of the attack", exclusive_minimum=0.0, maximum=10.0
+    )
+    attack_radius_factor: float | None = setting(
+        None, doc="mtl_ibp, cc_ibp, exp_ibp: radius of the attack / epsilon", exclusive_minimum=0.0, maximum=10.0
+    )
+    ibp_weight: float | None = setting(
+        None, doc="alpha of mtl_ibp, cc_ibp, exp_ibp: 0 adversarial, 1 interval bounds", minimum=0.0, maximum=1.0
+    )
+    tail_layers: int | None = setting(
+        None, doc="taps, staps: last convolutions and linear layers, which are attacked", minimum=1, maximum=1000
+    )
+    latent_steps: int | None = setting(None, doc="taps, staps: steps of the latent attack", minimum=1, maximum=1000)
+    latent_restarts: int | None = setting(None, doc="taps, staps: starts of the latent attack", minimum=1, maximum=100)
+    latent_targets: int | None = setting(
+        None, doc="taps, staps: classes attacked per image, those with the lowest bounds", minimum=1, maximum=10_000
+    )
+    gradient_scale: float | None = setting(
+        None, doc="taps, staps: factor on the gradient of the attacked part", exclusive_minimum=0.0, maximum=100.0
+    )
+    crown_weight: float | None = setting(
+        None, doc="crown_ibp: final weight of CROWN-IBP beside IBP (it starts at 1)", minimum=0.0, maximum=1.0
+    )
     compression_set: CompressionSetConfig | None = setting(None, doc="compression set of cactus")
     awp_radius: float | None = setting(None, doc="eta: radius of the weight perturbation in awp_unit", minimum=0.0)
     awp_unit: str | None = setting(
@@ -193,12 +213,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         active = options_of(self.method, self.certified_loss)
-        for key in (*_CACTUS_OPTIONS, *_SABR_OPTIONS):
+        for key in sorted(METHOD_KEYS):
             value = getattr(self, key)
             if key not in active and value is not None:
                 raise ConfigError(key, _plain(value), f"nothing: method {self.method!r} does not use it")
             if key in active and value is None:
-                default = CompressionSetConfig() if key == "compression_set" else _DEFAULTS[key]
+                default = CompressionSetConfig() if key == "compression_set" else default_of(key, self.loss)
                 object.__setattr__(self, key, default)
         if self.awp_kind == "rounding" and self.awp_unit == "relative":
             raise ConfigError("awp_unit", self.awp_unit, "a unit that makes a grid, such as step or int4, to round to")
@@ -209,6 +229,16 @@ class RunConfig:
         low, high = self.threat.domain
         if not low < high:
             raise ConfigError("threat.domain", [low, high], "two increasing numbers")
+
+    @property
+    def loss(self) -> str:
+        """The loss of the full network."""
+        return loss_of(self.method, self.certified_loss)
+
+    @property
+    def training_epsilon(self) -> float:
+        """The largest radius of training."""
+        return self.threat.epsilon * self.train.epsilon_factor
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict without inactive (None) keys; ``parse(RunConfig, ...)`` reads it back."""

@@ -80,11 +80,12 @@ def relax_relu(box: Box, slope: float = 0.0) -> ReluRelaxation:
     lower, upper = box.lower, box.upper
     on, off = lower >= 0, upper <= 0  # both false for NaN
     one, zero, leak = torch.ones_like(lower), torch.zeros_like(lower), torch.full_like(lower, slope)
-    chord = (upper - slope * lower) / (upper - lower)
+    width = torch.where(on | off, one, upper - lower)  # 0/0 would put NaN into the gradient of what is not used
+    chord = (upper - slope * lower) / width
     upper_slope = torch.where(on, one, torch.where(off, leak, chord))
     # the quotient first: a product of small ends would underflow. The slack covers the rounding of both coefficients
     slack = SLACK * torch.finfo(lower.dtype).eps * (upper - slope * lower)
-    intercept = torch.where(on | off, zero, -lower * (1 - slope) * (upper / (upper - lower)) + slack)
+    intercept = torch.where(on | off, zero, -lower * (1 - slope) * (upper / width) + slack)
     lower_slope = torch.where(on | ((upper > -lower) & ~off), one, leak)
     broken = ~(torch.isfinite(lower) & torch.isfinite(upper))
     return ReluRelaxation(
@@ -108,7 +109,8 @@ def relax_max_pool(node: Node, box: Box) -> MaxPoolRelaxation:
     others = windows.scatter(4, best, -torch.inf).amax(4)
     rest = torch.maximum(lower, others)  # value of max(x_i, m) at x_i = l_i
     exact = lower >= others
-    slope = torch.where(exact, torch.ones_like(upper), (upper - rest) / (upper - lower))
+    width = torch.where(exact, torch.ones_like(upper), upper - lower)  # 0/0 would put NaN into the gradient
+    slope = torch.where(exact, torch.ones_like(upper), (upper - rest) / width)
     slack = SLACK * torch.finfo(lower.dtype).eps * (upper.abs() + lower.abs() + rest.abs())
     intercept = torch.where(exact, torch.zeros_like(upper), rest - slope * lower) + slack
     broken = ~(torch.isfinite(lower) & torch.isfinite(upper) & ~torch.isnan(others))

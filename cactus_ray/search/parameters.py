@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cactus_ray.config import METHODS, options_of
+from cactus_ray.config import CERTIFIED_LOSSES, METHODS, options_of
 from cactus_ray.errors import ConfigError
+from cactus_ray.options import METHOD_KEYS as METHOD_KEYS
 from cactus_ray.search.domains import Choices, Key, Range, parse_domain, run_keys
 
 LEAF_KEYS = ("value", "values", "min", "max", "distribution", "q", "when")
 FIXED_SECTIONS = ("data", "threat")  # one study compares networks on the same images under the same threat
-METHOD_KEYS = frozenset(key for method in METHODS for loss in ("ibp", "sabr") for key in options_of(method, loss))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def ever_used(parameter: Parameter, parameters: Mapping[str, Parameter]) -> bool
 
 def _check_used(parameter: Parameter, parameters: Mapping[str, Parameter], path: str) -> None:
     if not ever_used(parameter, parameters):
-        readers = [m for m in METHODS if any(uses(parameter.name, m, loss) for loss in ("ibp", "sabr"))]
+        readers = [m for m in METHODS if any(uses(parameter.name, m, loss) for loss in CERTIFIED_LOSSES)]
         raise ConfigError(path, parameter.name, f"a parameter that a possible method reads; {', '.join(readers)} would")
 
 

@@ -115,7 +115,9 @@ def _epoch(run: Run) -> dict[str, float]:
     draws = generator_for(config.seed, run.epoch, "members")
     noise = generator_for(config.seed, run.epoch, "attack", str(device))
     moves = generator_for(config.seed, run.epoch, "augmentation", str(device))
+    latent = generator_for(config.seed, run.epoch, f"latent attack {run.workers.rank}", str(device))
     memory: dict[str, Any] = {}
+    final_weight = 1.0 if config.standard_weight is None else config.standard_weight
     seen = torch.empty(steps, 2, device=device)  # loss and gradient norm of every step, read once at the end
     share = batch // run.workers.size
     mine = slice(run.workers.rank * share, (run.workers.rank + 1) * share)
@@ -124,12 +126,12 @@ def _epoch(run: Run) -> dict[str, float]:
         chosen = permutation[index * batch : (index + 1) * batch][mine]
         images, labels = run.batch(chosen)
         images = augment.augment(images, augment.draw(config.train, batch, moves)[mine], config.train)
-        weight = standard_weight_at(fraction, config.train, config.standard_weight)
+        weight = standard_weight_at(fraction, config.train, final_weight)
         step = Step(
             config, run.graph, run.params, images, labels,
-            noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(fraction, config.train, config.threat.epsilon),
+            noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(fraction, config.train, config.training_epsilon),
             standard_weight=weight, progress=fraction, index=index, generator=draws, memory=memory,
-            workers=run.workers,
+            workers=run.workers, latent_generator=latent,
         )  # fmt: skip
         rate = learning_rate_at(fraction, config.train, config.learning_rate)
         update(run, step, rate, seen[index])
@@ -153,7 +155,7 @@ def _epoch(run: Run) -> dict[str, float]:
 def _noise(run: Run, standard_weight: float, generator: torch.Generator) -> Tensor:
     """Where the attack starts: of the whole batch, so that the split over workers does not change it."""
     config = run.config
-    attacked = (config.certified_loss or config.method) in ATTACKED and standard_weight < 1.0
+    attacked = config.loss in ATTACKED and standard_weight < 1.0
     shape = (run.batch_size if attacked else 0, *run.graph.input_shape)
     return torch.rand(shape, generator=generator, device=run.device)
 
@@ -177,6 +179,7 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
         group["lr"] = learning_rate
     run.optimizer.step()
     _update_running(run, step.statistics, len(step.labels))
+    _update_running(run, step.adversarial_statistics, len(step.labels))
     if train.average == "ema":
         _average(run, step.progress)
     torch.stack([total, norm], out=seen)
@@ -190,7 +193,7 @@ def _average(run: Run, done: float) -> None:
 
 
 def _update_running(run: Run, statistics: Statistics, samples: int) -> None:
-    """Running statistics move towards those of the full network's clean batch; variance unbiased, as torch does it."""
+    """Running statistics move towards those of a batch of the full network; variance unbiased, as torch does it."""
     with torch.no_grad():
         for name, (mean, var) in statistics.items():
             momentum, count = run.graph[name]["momentum"], samples * run.sites[name]

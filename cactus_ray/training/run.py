@@ -18,6 +18,7 @@ from cactus_ray.models.network import Network
 from cactus_ray.training.average import averaged
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.losses.tail import tail_of
 from cactus_ray.training.precision import refuse_on_cpu
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
 from cactus_ray.training.workers import Workers
@@ -99,6 +100,8 @@ def start(
     else:
         saved = None
         graph, params = _first_weights(config, data, init, trust_code)
+    if config.tail_layers is not None:
+        tail_of(graph, config.tail_layers)  # said before the first step, though needed only after the ramp
     # Sorted, because the sum behind the gradient's norm depends on the order, and a saved state knows no other.
     params = {k: v.detach().clone().to(device).requires_grad_(not is_buffer(k)) for k, v in sorted(params.items())}
     shapes = graph.shapes(params)

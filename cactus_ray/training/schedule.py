@@ -36,6 +36,14 @@ def standard_weight_at(fraction: float, train: TrainConfig, final: float) -> flo
     return 1.0 + (final - 1.0) * t
 
 
+def crown_weight_at(epsilon: float, largest: float, final: float) -> float:
+    """Weight of CROWN-IBP beside IBP: 1 at epsilon 0, then a line in epsilon to ``final`` at ``largest``.
+
+    Beta of Zhang et al. 2020, which falls as epsilon rises.
+    """
+    return 1.0 + (final - 1.0) * (epsilon / largest if largest > 0 else 1.0)
+
+
 def learning_rate_at(fraction: float, train: TrainConfig, initial: float) -> float:
     """Learning rate: ``initial`` times ``decay_factor`` for each fraction of ``decay_at`` that is passed."""
     return float(initial * train.decay_factor ** sum(fraction >= at for at in train.decay_at))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,8 +12,20 @@ from cactus_ray.bounds.graph import Graph, Params, Statistics, trainable
 from cactus_ray.bounds.interval import ball
 from cactus_ray.config import RunConfig
 from cactus_ray.training.attacks import pgd
-from cactus_ray.training.losses import ATTACKED, CERTIFIED_LOSSES, RampRegularizer, Region, standard
+from cactus_ray.training.losses import (
+    ATTACKED,
+    CERTIFIED_LOSSES,
+    DURING_RAMP,
+    EXPRESSIVE,
+    UNBOUNDED,
+    LossOptions,
+    RampRegularizer,
+    Region,
+    Visitor,
+    standard,
+)
 from cactus_ray.training.precision import of_attack
+from cactus_ray.training.schedule import crown_weight_at
 from cactus_ray.training.workers import Alone, Workers
 
 _EPSILON_OF_REGULARIZER = 1e-6  # stands for 0, where every ratio of widths would be 0/0 (Shi et al. 2021)
@@ -25,9 +37,10 @@ class Step:
 
     ``params`` holds leaves that require gradients, and buffers. ``noise`` [N, C, H, W] in [0, 1) starts the attack.
     ``epsilon`` and ``standard_weight`` are the scheduled values, ``progress`` in [0, 1) the share of all steps that is
-    done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker, ``memory``
-    lives for one epoch. A method leaves the batch-norm
-    statistics of the full network in ``statistics``.
+    done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
+    ``latent_generator`` (on the images' device) is each worker's own, ``memory`` lives for one epoch. A method leaves
+    the batch-norm statistics of the full network in ``statistics`` and, where its loss normalises with the adversarial
+    batch, that batch's in ``adversarial_statistics``: the running ones follow both.
     """
 
     config: RunConfig
@@ -44,11 +57,22 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
     workers: Workers = field(default_factory=Alone)
     statistics: Statistics = field(default_factory=dict)
+    adversarial_statistics: Statistics = field(default_factory=dict)
+    latent_generator: torch.Generator | None = None
 
     @property
     def certifies(self) -> bool:
         """Whether the certified loss has a weight yet."""
         return self.standard_weight < 1.0
+
+    @property
+    def options(self) -> LossOptions:
+        """The options of the certified loss at this step."""
+        config = self.config
+        given = {f.name: getattr(config, f.name) for f in fields(LossOptions)}
+        if config.crown_weight is not None:
+            given["crown_weight"] = crown_weight_at(self.epsilon, config.training_epsilon, config.crown_weight)
+        return LossOptions(**{name: value for name, value in given.items() if value is not None})
 
     def gradients(self) -> Params:
         """What has been accumulated so far in the leaves."""
@@ -59,14 +83,18 @@ def full_loss(step: Step, kind: str) -> tuple[Tensor, Region]:
     """Loss of the full network, and the region that the members share.
 
     ``standard_weight * CE + (1 - standard_weight) * certified`` (CACTUS, Eq. 7) with the certified loss ``kind``, plus
-    the ramp regularisers. Clean pass, attack and box all use the clean batch's batch-norm statistics; gradients flow
-    into them from the box (Shi et al. 2021). A pass whose loss has no weight is not made.
+    the ramp regularisers. Clean pass and box use the clean batch's batch-norm statistics, and so does the attack;
+    gradients flow into them from the box (Shi et al. 2021). The expressive losses attack with the running statistics
+    and take those of the adversarial batch for the box, as their authors do. A pass whose loss has no weight is not
+    made.
     """
-    clean = _clean(step, step.params, step.images, step.labels, step.statistics)
-    region = Region(step.labels, ball(step.images, step.epsilon, step.config.threat.domain))
+    clean = _clean(step, kind, step.params, step.images, step.labels, step.statistics)
+    region = Region(
+        step.labels, ball(step.images, step.epsilon, step.config.threat.domain), generator=step.latent_generator
+    )
     if step.certifies:
-        region = _attacked(step, region) if kind in ATTACKED else region
-    strength = _regularizer_strength(step)
+        region = _attacked(step, region, kind) if kind in ATTACKED else region
+    strength = 0.0 if kind in UNBOUNDED else _regularizer_strength(step)
     if strength == 0.0:
         return _weighted(step, step.params, clean, region, kind, step.statistics), region
     visitor = RampRegularizer()
@@ -77,11 +105,11 @@ def full_loss(step: Step, kind: str) -> tuple[Tensor, Region]:
 def member_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor:
     """Loss of one member (the tensors ``params``) on the first images of the batch, as many as the region has.
 
-    The member normalises with its own clean-batch statistics, and shares the region of the full network.
+    The member normalises with its own batch's statistics, and shares the region of the full network.
     """
     statistics: Statistics = {}
     count = len(region.labels)
-    clean = _clean(step, params, step.images[:count], region.labels, statistics)
+    clean = _clean(step, kind, params, step.images[:count], region.labels, statistics)
     return _weighted(step, params, clean, region, kind, statistics)
 
 
@@ -89,14 +117,35 @@ def ascent_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor
     """What the weight perturbation raises: standard plus certified loss, unweighted (CACTUS, Eq. 9)."""
     statistics: Statistics = {}
     clean = standard(step.graph, params, step.images[: len(region.labels)], region.labels, statistics)
-    return clean + CERTIFIED_LOSSES[kind](step.graph, params, region, statistics=statistics)
+    return clean + _certified(step, params, region, kind, statistics)
 
 
-def _clean(step: Step, params: Params, images: Tensor, labels: Tensor, statistics: Statistics) -> Tensor | None:
+def _clean(
+    step: Step, kind: str, params: Params, images: Tensor, labels: Tensor, statistics: Statistics
+) -> Tensor | None:
     """The standard loss, or None where neither it nor its batch-norm statistics are used."""
-    if step.standard_weight == 0.0 and all(n.op != "batch_norm" for n in step.graph.nodes):
-        return None
+    if step.standard_weight == 0.0:
+        if all(node.op != "batch_norm" for node in step.graph.nodes):
+            return None
+        if kind in EXPRESSIVE:  # the box does without; only the running statistics of the full network follow
+            if params is step.params:
+                with torch.no_grad():
+                    standard(step.graph, params, images, labels, statistics)
+            return None
     return standard(step.graph, params, images, labels, statistics)
+
+
+def _certified(
+    step: Step, params: Params, region: Region, kind: str, statistics: Statistics, visit: Visitor | None = None
+) -> Tensor:
+    """The certified loss in use at this step, with the clean batch's ``statistics``, which stay as they are."""
+    if step.epsilon < step.config.training_epsilon:
+        kind = DURING_RAMP.get(kind, kind)
+    used = dict(statistics)
+    loss = CERTIFIED_LOSSES[kind](step.graph, params, region, step.options, statistics=used, visit=visit)
+    if kind in EXPRESSIVE and params is step.params:
+        step.adversarial_statistics.update(used)
+    return loss
 
 
 def _weighted(
@@ -105,8 +154,7 @@ def _weighted(
     if not step.certifies:
         assert clean is not None
         return clean
-    certified = CERTIFIED_LOSSES[kind](step.graph, params, region, statistics=statistics)
-    return _mixed(step, clean, certified)
+    return _mixed(step, clean, _certified(step, params, region, kind, statistics))
 
 
 def _mixed(step: Step, clean: Tensor | None, certified: Tensor) -> Tensor:
@@ -117,30 +165,32 @@ def _mixed(step: Step, clean: Tensor | None, certified: Tensor) -> Tensor:
 def _regularized(step: Step, clean: Tensor | None, region: Region, kind: str, visitor: RampRegularizer) -> Tensor:
     """The weighted loss whose bound pass ``visitor`` sees; without a certified loss a pass over tiny balls."""
     if step.certifies and step.epsilon > _EPSILON_OF_REGULARIZER:
-        loss = CERTIFIED_LOSSES[kind]
-        return _mixed(
-            step, clean, loss(step.graph, step.params, region, statistics=step.statistics, visit=visitor)
-        )  # fmt: skip
+        return _mixed(step, clean, _certified(step, step.params, region, kind, step.statistics, visitor))
     tiny = Region(step.labels, ball(step.images, _EPSILON_OF_REGULARIZER, step.config.threat.domain))
-    CERTIFIED_LOSSES["ibp"](step.graph, step.params, tiny, statistics=step.statistics, visit=visitor)
+    CERTIFIED_LOSSES["ibp"](step.graph, step.params, tiny, step.options, statistics=step.statistics, visit=visitor)
     return _weighted(step, step.params, clean, region, kind, step.statistics)
 
 
 def _regularizer_strength(step: Step) -> float:
     """Falls from ``train.regularizer`` to 0 as epsilon rises (Shi et al. 2021, Sec. 4.3)."""
-    final = step.config.threat.epsilon
+    final = step.config.training_epsilon
     return step.config.train.regularizer * (1.0 - step.epsilon / final) if final > 0 else 0.0
 
 
-def _attacked(step: Step, region: Region) -> Region:
+def _attacked(step: Step, region: Region, kind: str) -> Region:
+    """The region with the points that the attack found."""
     config = step.config
     assert config.attack_steps is not None
     assert config.attack_step_size is not None
-    assert config.box_ratio is not None
+    radius, searched, statistics = step.epsilon, region.ball, step.statistics
+    if kind in EXPRESSIVE:
+        assert config.attack_radius_factor is not None
+        radius, statistics = config.attack_radius_factor * step.epsilon, {}
+        if config.attack_radius_factor != 1.0:
+            searched = ball(step.images, radius, config.threat.domain)
     with of_attack(config.train, step.images.device):
         point = pgd(
-            step.graph, step.params, step.labels, region.ball,
-            steps=config.attack_steps, step_size=config.attack_step_size * step.epsilon,
-            start=step.noise, statistics=step.statistics,
+            step.graph, step.params, step.labels, searched, steps=config.attack_steps,
+            step_size=config.attack_step_size * radius, start=step.noise, statistics=statistics,
         )  # fmt: skip
-    return Region(region.labels, region.ball, point, config.box_ratio)
+    return Region(region.labels, region.ball, point, region.generator)

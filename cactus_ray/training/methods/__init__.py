@@ -12,10 +12,21 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from cactus_ray.training.methods.cactus import cactus
+from cactus_ray.training.methods.cc_ibp import cc_ibp
+from cactus_ray.training.methods.crown_ibp import crown_ibp
+from cactus_ray.training.methods.exp_ibp import exp_ibp
 from cactus_ray.training.methods.ibp import ibp
+from cactus_ray.training.methods.mtl_ibp import mtl_ibp
+from cactus_ray.training.methods.pgd import pgd
 from cactus_ray.training.methods.sabr import sabr
+from cactus_ray.training.methods.standard import standard
+from cactus_ray.training.methods.staps import staps
+from cactus_ray.training.methods.taps import taps
 from cactus_ray.training.step import Step
 
 Method = Callable[[Step], Iterator[Tensor]]
 
-METHODS: dict[str, Method] = {"cactus": cactus, "sabr": sabr, "ibp": ibp}
+METHODS: dict[str, Method] = {
+    "cactus": cactus, "ibp": ibp, "sabr": sabr, "mtl_ibp": mtl_ibp, "cc_ibp": cc_ibp, "exp_ibp": exp_ibp, "taps": taps,
+    "staps": staps, "crown_ibp": crown_ibp, "pgd": pgd, "standard": standard,
+}  # fmt: skip

@@ -1,0 +1,58 @@
+"""Which options a method reads, and their defaults. What it does not read is absent from a run and its hash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CERTIFIED_LOSSES = ("ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp", "taps", "staps", "crown_ibp", "pgd")
+"""Losses of a network on regions; ``pgd`` is the adversarial loss, as a reference."""
+METHODS = ("cactus", *CERTIFIED_LOSSES, "standard")
+"""``cactus`` takes one of the losses; the others are plain training with the loss of their name."""
+
+_ATTACK = ("attack_steps", "attack_step_size")
+_EXPRESSIVE = ("ibp_weight", "attack_radius_factor", *_ATTACK)
+_SABR = ("box_ratio", "relu_shrinkage", *_ATTACK)
+_TAIL = ("tail_layers", "latent_steps", "latent_restarts", "latent_targets", "gradient_scale")
+LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "standard": (), "pgd": _ATTACK, "ibp": (), "sabr": _SABR, "mtl_ibp": _EXPRESSIVE, "cc_ibp": _EXPRESSIVE,
+    "exp_ibp": _EXPRESSIVE, "taps": ("relu_shrinkage", *_TAIL), "staps": (*_SABR, *_TAIL),
+    "crown_ibp": ("crown_weight",),
+}  # fmt: skip
+"""Options of each loss."""
+CACTUS_OPTIONS = ("certified_loss", "compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member", "awp_kind")
+
+DEFAULTS: dict[str, Any] = {
+    "certified_loss": "sabr", "standard_weight": 0.3, "box_ratio": 0.8, "relu_shrinkage": 1.0,
+    "attack_steps": 1, "attack_step_size": 1.0, "attack_radius_factor": 1.0, "ibp_weight": 0.5,
+    "tail_layers": 2, "latent_steps": 10, "latent_restarts": 1, "latent_targets": 10, "gradient_scale": 4.0,
+    "crown_weight": 0.0, "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
+    "awp_kind": "ascent",
+}  # fmt: skip
+_ONE_STEP_TO_THE_BOUNDARY = {"attack_step_size": 10.0}  # as De Palma et al. 2024 attack
+_DEFAULTS_OF: dict[str, dict[str, Any]] = {
+    "pgd": {"attack_steps": 10, "attack_step_size": 0.25},
+    "mtl_ibp": _ONE_STEP_TO_THE_BOUNDARY,
+    "cc_ibp": _ONE_STEP_TO_THE_BOUNDARY,
+    "exp_ibp": _ONE_STEP_TO_THE_BOUNDARY,
+}
+
+
+def loss_of(method: str, certified_loss: str | None = None) -> str:
+    """The loss that a method trains with: its own, or the one that it was given."""
+    return method if method in LOSS_OPTIONS else certified_loss or str(DEFAULTS["certified_loss"])
+
+
+def options_of(method: str, certified_loss: str | None = None) -> tuple[str, ...]:
+    """The method-dependent keys of ``RunConfig`` that this method reads; all others are inactive."""
+    weighs = () if method == "standard" else ("standard_weight",)
+    own = CACTUS_OPTIONS if method == "cactus" else ()
+    return (*weighs, *own, *LOSS_OPTIONS[loss_of(method, certified_loss)])
+
+
+def default_of(key: str, loss: str) -> Any:
+    """Default of an option beside the given loss."""
+    return _DEFAULTS_OF.get(loss, {}).get(key, DEFAULTS[key])
+
+
+METHOD_KEYS = frozenset(key for method in METHODS for loss in CERTIFIED_LOSSES for key in options_of(method, loss))
+"""All keys that only some methods read."""

@@ -1,0 +1,27 @@
+"""CC-IBP: cross-entropy of a convex combination of margins (De Palma et al. 2024)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Params, Statistics
+from cactus_ray.training.losses.base import LossOptions, Region, Visitor, worst_case
+from cactus_ray.training.losses.expressive import adversarial_logits_and_bounds
+
+
+def cc_ibp(
+    graph: Graph,
+    params: Params,
+    region: Region,
+    options: LossOptions,
+    *,
+    statistics: Statistics | None = None,
+    visit: Visitor | None = None,
+) -> Tensor:
+    """Cross-entropy of ``alpha`` times the bounds plus ``1 - alpha`` times the adversarial margins, alpha = ibp_weight.
+
+    De Palma et al. 2024.
+    """
+    logits, lower = adversarial_logits_and_bounds(graph, params, region, statistics, visit)
+    adversarial = logits.gather(1, region.labels[:, None]) - logits
+    return worst_case(options.ibp_weight * lower + (1.0 - options.ibp_weight) * adversarial, region.labels)

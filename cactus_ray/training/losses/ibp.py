@@ -1,0 +1,23 @@
+"""Interval bound propagation (Gowal et al. 2018), with initialisation and regularisers elsewhere (Shi et al. 2021)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Params, Statistics
+from cactus_ray.bounds.interval import margins
+from cactus_ray.training.losses.base import LossOptions, Region, Visitor, worst_case
+
+
+def ibp(
+    graph: Graph,
+    params: Params,
+    region: Region,
+    options: LossOptions,
+    *,
+    statistics: Statistics | None = None,
+    visit: Visitor | None = None,
+) -> Tensor:
+    """Interval bounds over the whole ball (Gowal et al. 2018, Sec. 3; Shi et al. 2021): an upper bound of the loss."""
+    lower = margins(graph, params, region.ball, region.labels, statistics=statistics, visit=visit)
+    return worst_case(lower, region.labels)

@@ -1,0 +1,60 @@
+"""TAPS: intervals up to a split, an attack behind it (Mao et al. 2023, arXiv 2305.04574)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cactus_ray.bounds.graph import Graph, Node, Params, Statistics
+from cactus_ray.bounds.interval import Box
+from cactus_ray.training.losses.base import LossOptions, Region, Visitor, box_margins, worst_case
+from cactus_ray.training.losses.tail import attacked_margins, lowest, tail_of
+
+
+def taps(
+    graph: Graph,
+    params: Params,
+    region: Region,
+    options: LossOptions,
+    *,
+    statistics: Statistics | None = None,
+    visit: Visitor | None = None,
+) -> Tensor:
+    """``L_TAPS * L_IBP`` over the ball (Mao et al. 2023); the gradient of L_TAPS times gradient_scale.
+
+    L_TAPS is the cross-entropy of the smallest margins that attacks find behind the interval box in front of the last
+    ``tail_layers`` layers, one attack per class. No margin lies below its interval bound, so L_TAPS <= L_IBP. No bound.
+    """
+    return attacked_tail(graph, params, region.ball, region, options, statistics=statistics, visit=visit)
+
+
+def attacked_tail(
+    graph: Graph,
+    params: Params,
+    box: Box,
+    region: Region,
+    options: LossOptions,
+    *,
+    statistics: Statistics | None,
+    visit: Visitor | None,
+) -> Tensor:
+    """The loss of TAPS over any box."""
+    if region.generator is None:
+        raise ValueError("taps and staps need region.generator")
+    tail = tail_of(graph, options.tail_layers)
+    front: dict[str, Box] = {}
+
+    def keep(node: Node, box: Box) -> None:
+        if node.name == tail.nodes[0].name:
+            front["box"] = box
+        if visit is not None:
+            visit(node, box)
+
+    lower = box_margins(graph, params, box, region.labels, options.relu_shrinkage, statistics=statistics, visit=keep)
+    targets = lowest(lower, region.labels, options.latent_targets)
+    found = attacked_margins(
+        tail, params, front["box"], region.labels, targets, options,
+        statistics=statistics, generator=region.generator,
+    )  # fmt: skip
+    attacked = worst_case(lower.scatter(1, targets, found), region.labels)
+    attacked = attacked.detach() + options.gradient_scale * (attacked - attacked.detach())
+    return attacked * worst_case(lower, region.labels)
