@@ -64,7 +64,7 @@ def test_nested_and_dotted_parameters_both_validate(validator: jsonschema.Draft2
         ({"front": {"size": "minimize"}}, ["front"]),
         ({"parameters": {"learning_rat": {"value": 1}}}, ["parameters"]),
         ({"parameters": {"threat.epsilon": {"value": 0.1}}}, ["parameters"]),
-        ({"parameters": {"method": {"values": ["pgd"]}}}, ["parameters", "method", "values", 0]),
+        ({"parameters": {"method": {"values": ["fgsm"]}}}, ["parameters", "method", "values", 0]),
         ({"parameters": {"method": {}}}, ["parameters", "method"]),
         ({"parameters": {"method": {"min": 0, "max": 1}}}, ["parameters", "method"]),
         ({"parameters": {"learning_rate": {"min": 0.1}}}, ["parameters", "learning_rate"]),

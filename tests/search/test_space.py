@@ -185,6 +185,31 @@ def test_what_a_method_does_not_read_is_inactive_without_saying_so() -> None:
     assert space.is_active(box, {"method": "cactus", "certified_loss": "sabr"})
 
 
+def test_options_of_losses_are_drawn_only_with_them() -> None:
+    options = {
+        "box_ratio": ("sabr", "staps"), "ibp_weight": ("mtl_ibp", "cc_ibp", "exp_ibp"), "crown_weight": ("crown_ibp",),
+        "gradient_scale": ("taps", "staps"),
+    }  # fmt: skip
+    losses = [loss for readers in options.values() for loss in readers] + ["ibp", "pgd"]
+    space = parse_space(
+        with_parameters(
+            method={"values": ["cactus", "standard", *sorted(set(losses))]},
+            certified_loss={"values": sorted(set(losses))},
+            standard_weight={"min": 0.1, "max": 0.5},
+            **{option: {"values": [0.4, 0.8]} for option in options},
+        )
+    )
+    named = {p.name: p for p in space.parameters}
+    for option, readers in options.items():
+        for loss in losses:
+            assert space.is_active(named[option], {"method": loss}) == (loss in readers)
+            assert space.is_active(named[option], {"method": "cactus", "certified_loss": loss}) == (loss in readers)
+    assert not space.is_active(named["standard_weight"], {"method": "standard"})
+    plain = space.configuration({"method": "standard", "standard_weight": 0.2, "ibp_weight": 0.4}, 1).to_dict()
+    assert "standard_weight" not in plain
+    assert "ibp_weight" not in plain
+
+
 def test_a_condition_of_a_group_and_of_its_member_both_hold() -> None:
     group = {
         "when": {"method": ["cactus"]},
@@ -351,7 +376,7 @@ BAD_PARAMETERS = [
     ({"method": {"value": "cactus", "values": ["ibp"]}}, "parameters.method", "cactus", "exactly one of"),
     ({"method": {"values": []}}, "parameters.method.values", "[]", "at least one"),
     ({"method": {"values": "cactus"}}, "parameters.method.values", "'cactus'", "list"),
-    ({"method": {"values": ["cactus", "pgd"]}}, "parameters.method.values[1]", "'pgd'", "sabr"),
+    ({"method": {"values": ["cactus", "fgsm"]}}, "parameters.method.values[1]", "'fgsm'", "sabr"),
     ({"method": {"values": ["ibp", "ibp"]}}, "parameters.method.values[1]", "'ibp'", "once"),
     ({"method": {"values": [None]}}, "parameters.method.values[0]", "None", "cactus"),
     ({"method": {"min": 0, "max": 1}}, "parameters.method", "'max': 1", "value or values"),
@@ -419,7 +444,10 @@ BAD_PARAMETERS = [
         {"method": CACTUS_OR_SABR, "awp_radius": {"value": 1, "when": {"method": ["sabr"]}}},
         "parameters.awp_radius", "awp_radius", "cactus would",
     ),
-    ({"method": {"value": "ibp"}, "box_ratio": {"value": 0.5}}, "parameters.box_ratio", "box_ratio", "sabr would"),
+    (
+        {"method": {"value": "ibp"}, "box_ratio": {"value": 0.5}},
+        "parameters.box_ratio", "box_ratio", "cactus, sabr, staps would",
+    ),
     (
         {"learning_rate": {"min": 0.1, "max": 0.2}, "awp_radius": {"value": 1, "when": {"learning_rate": [0.1]}}},
         "parameters.awp_radius.when.learning_rate", "[0.1]", "continuous",

@@ -234,3 +234,33 @@ def test_workers_average_batch_norm_and_stop_together(run_config: Any, few_digit
 def test_batch_that_cannot_be_split_is_refused(run_config: Any, few_digits: DataSet) -> None:
     with pytest.raises(ConfigError, match=r"train\.batch_size: got 63; expected a multiple of the 2 workers"):
         train(run_config(train__batch_size=63), few_digits, report=go_on, workers=Threads(0, {}))
+
+
+# --- what the losses need of the loop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["mtl_ibp", "staps", "crown_ibp"])
+def test_resumed_runs_of_other_losses_are_the_same(method: str, run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(method=method, model=BATCH_NORM, train__epochs=4, train__ramp=0.2, train__regularizer=0.2)
+    whole = train(config, few_digits, report=go_on)
+    _, state = train_with_stop(config, few_digits, 2)
+    assert_same(whole.last, train(config, few_digits, report=go_on, state=state).last)
+
+
+def test_running_statistics_follow_the_clean_and_the_adversarial_batch(run_config: Any, few_digits: DataSet) -> None:
+    options = {"train__epochs": 1, "train__batch_size": 256, "train__warmup": 0.0, "train__ramp": 0.0}
+    config = run_config(method="exp_ibp", model=BATCH_NORM, threat__epsilon=1e-7, learning_rate=1e-9, **options)
+    params = train(config, few_digits, report=go_on).network.params
+    mean = nn.functional.linear(few_digits.split("train")[0].flatten(1), params["fc1.weight"]).mean(0)
+    # Both batches are the same at this radius: two moves of a tenth each from zero.
+    torch.testing.assert_close(params["bn1.running_mean"], (1 - 0.9**2) * mean, atol=1e-4, rtol=1e-4)
+
+
+def test_training_radius_may_exceed_the_threat(run_config: Any, few_digits: DataSet) -> None:
+    result = train(run_config(method="ibp", train__epsilon_factor=2.0), few_digits, report=go_on)
+    assert result.history[-1]["epsilon"] == pytest.approx(0.1)
+
+
+def test_a_tail_that_the_model_does_not_have_is_refused_at_once(run_config: Any, few_digits: DataSet) -> None:
+    with pytest.raises(ConfigError, match=r"tail_layers: got 5; expected one of 1, 2"):
+        train(run_config(method="taps", tail_layers=5), few_digits, report=go_on)

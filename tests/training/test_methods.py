@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Params, is_buffer, trainable
 from cactus_ray.compression.prune import masks
-from cactus_ray.config import AWP_UNITS, STRATEGIES, RunConfig
+from cactus_ray.config import AWP_UNITS, CERTIFIED_LOSSES, STRATEGIES, RunConfig
 from cactus_ray.config import METHODS as NAMES
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError
@@ -33,7 +33,9 @@ def make_step(config: RunConfig, data: DataSet, **changes: Any) -> Step:
     noise = torch.rand(images[:64].shape, generator=torch.Generator().manual_seed(2))
     step = Step(
         config, network.graph, params, images[:64], labels[:64], noise, epsilon=config.threat.epsilon,
-        standard_weight=config.standard_weight, progress=0.5, index=0, generator=torch.Generator().manual_seed(3),
+        standard_weight=1.0 if config.standard_weight is None else config.standard_weight, progress=0.5, index=0,
+        generator=torch.Generator().manual_seed(3),
+        latent_generator=torch.Generator().manual_seed(4),
     )  # fmt: skip
     return replace(step, **changes)
 
@@ -76,7 +78,7 @@ def test_contract(method: str, model: dict[str, Any], run_config: Any, few_digit
 def test_during_warm_up_no_bounds_are_computed(
     method: str, run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cactus_ray.training.losses.margins", _forbidden)
+    monkeypatch.setattr("cactus_ray.bounds.interval.propagate", _forbidden)
     monkeypatch.setattr("cactus_ray.training.step.pgd", _forbidden)
     config = run_config(method=method, **({"awp_radius": 1.0} if method == "cactus" else {}))
     losses, _ = take(make_step(config, few_digits, standard_weight=1.0, epsilon=0.0))
@@ -290,3 +292,75 @@ def test_a_method_is_lazy(run_config: Any, few_digits: DataSet) -> None:
     terms = METHODS["cactus"](make_step(run_config(**CACTUS), few_digits))
     assert isinstance(terms, Iterator)
     assert next(terms).requires_grad
+
+
+# --- the losses inside a step --------------------------------------------------------------------------------------
+
+BATCH_NORM = {"name": "mlp", "hidden": [8], "batch_norm": True}
+
+
+@pytest.mark.parametrize("loss", CERTIFIED_LOSSES)
+def test_members_of_cactus_take_every_loss(loss: str, run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(method="cactus", certified_loss=loss, model=BATCH_NORM, awp_radius=0.5, awp_steps=2)
+    losses, gradients = take(make_step(config, few_digits))
+    assert len(losses) == 3
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients.values())
+
+
+@pytest.mark.parametrize(("method", "stand_in"), [("taps", "ibp"), ("staps", "sabr")])
+def test_latent_attacks_wait_for_the_end_of_the_ramp(
+    method: str, stand_in: str, run_config: Any, few_digits: DataSet
+) -> None:
+    ramp = {"epsilon": 0.04}
+    (during,), _ = take(make_step(run_config(method=method), few_digits, **ramp))
+    (expected,), _ = take(make_step(run_config(method=stand_in), few_digits, **ramp))
+    assert during == expected
+    (after,), _ = take(make_step(run_config(method=method), few_digits))
+    (other,), _ = take(make_step(run_config(method=stand_in), few_digits))
+    assert after != other
+
+
+def test_weight_of_crown_falls_as_epsilon_rises(run_config: Any, few_digits: DataSet) -> None:
+    config = run_config(method="crown_ibp", crown_weight=0.2)
+    weights = [make_step(config, few_digits, epsilon=e).options.crown_weight for e in (0.0, 0.025, 0.05)]
+    assert weights == pytest.approx([1.0, 0.6, 0.2])
+    interval = take(make_step(run_config(method="ibp"), few_digits))[0]
+    assert take(make_step(run_config(method="crown_ibp"), few_digits))[0] == pytest.approx(interval)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_expressive_losses_leave_the_statistics_of_both_batches(
+    weight: float, run_config: Any, few_digits: DataSet
+) -> None:
+    """The clean ones for the running statistics, made without a gradient where the clean loss has no weight."""
+    step = make_step(run_config(method="mtl_ibp", model=BATCH_NORM, standard_weight=weight), few_digits)
+    take(step)
+    reference = make_step(run_config(method="sabr", model=BATCH_NORM), few_digits)
+    take(reference)
+    (mean, _), (other, _) = step.statistics["bn1"], step.adversarial_statistics["bn1"]
+    torch.testing.assert_close(mean, reference.statistics["bn1"][0])
+    assert not torch.allclose(mean, other)
+    assert mean.requires_grad == (weight > 0)
+    assert not reference.adversarial_statistics
+
+
+def test_attack_of_expressive_losses_searches_its_own_radius(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: dict[float, Tensor] = {}
+    for factor in (1.0, 2.1):
+        step = make_step(run_config(method="cc_ibp", attack_radius_factor=factor), few_digits)
+        _, region = full_loss(step, "cc_ibp")
+        assert region.point is not None
+        points[factor] = (region.point - step.images).abs().amax()
+        torch.testing.assert_close(2 * region.ball.radius.max(), torch.tensor(0.1))
+    assert points[1.0].item() == pytest.approx(0.05, abs=1e-6)
+    assert points[2.1].item() == pytest.approx(0.105, abs=1e-6)
+
+
+def test_the_regularizer_leaves_losses_without_bounds_alone(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cactus_ray.bounds.interval.propagate", _forbidden)
+    for method in ("pgd", "standard"):
+        take(make_step(run_config(method=method, train__regularizer=0.5), few_digits, epsilon=0.01))

@@ -1,0 +1,86 @@
+"""Losses of 20 steps of every method, kept: whoever changes a number sees it.
+
+In float64, so that the traces survive another machine's rounding. After an intended change:
+``python tests/training/test_loss_traces.py`` writes them again; say in the commit why they changed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cactus_ray.bounds.graph import is_buffer
+from cactus_ray.config import METHODS, RunConfig, parse
+from cactus_ray.data import DataSet, load
+from cactus_ray.models import create
+from cactus_ray.training.init import ibp_initialization
+from cactus_ray.training.methods import METHODS as TABLE
+from cactus_ray.training.step import Step
+
+PATH = Path(__file__).with_name("loss_traces.json")
+STEPS, BATCH = 20, 32
+PLAIN: dict[str, Any] = {
+    "data": {"name": "digits", "train_samples": STEPS * BATCH},
+    "model": {"name": "cnn_small", "batch_norm": True},
+    "threat": {"epsilon": 0.05},
+    "train": {"regularizer": 0.5},
+}
+CACTUS = {"compression_set": {"strategy": "single"}, "awp_radius": 0.5}
+
+
+def trace(method: str, data: DataSet) -> list[float]:
+    """Losses of Adam's first steps while epsilon rises to its end at step 10."""
+    config = parse(RunConfig, PLAIN | {"method": method} | (CACTUS if method == "cactus" else {}))
+    network = create(config, data.input_shape, data.classes)
+    params = ibp_initialization(network.graph, network.params, torch.Generator().manual_seed(1))
+    params = {k: v.double().requires_grad_(not is_buffer(k)) for k, v in params.items()}
+    optimizer = torch.optim.Adam([v for v in params.values() if v.requires_grad], lr=0.002)
+    images, labels = data.split("train")
+    draws, latent = torch.Generator().manual_seed(2), torch.Generator().manual_seed(3)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = []
+    for index in range(STEPS):
+        done = min(1.0, index / 10)
+        part = slice(index * BATCH, (index + 1) * BATCH)
+        step = Step(
+            config, network.graph, params, images[part].double(), labels[part], noise[part], epsilon=0.05 * done,
+            standard_weight=1.0 - 0.7 * done, progress=index / STEPS, index=index, generator=draws,
+            latent_generator=latent,
+        )  # fmt: skip
+        optimizer.zero_grad()
+        total = 0.0
+        for loss in TABLE[method](step):
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        optimizer.step()
+        found.append(total)
+    return found
+
+
+@pytest.fixture(scope="module")
+def digits() -> DataSet:
+    return load(parse(RunConfig, PLAIN).data, ("train",))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_those_that_were_kept(method: str, digits: DataSet) -> None:
+    kept = json.loads(PATH.read_text())
+    assert trace(method, digits) == pytest.approx(kept[method], rel=1e-4)
+
+
+def test_no_trace_is_left_over() -> None:
+    assert set(json.loads(PATH.read_text())) == set(METHODS)
+
+
+def test_traces_tell_the_methods_apart() -> None:
+    ends = [course[-1] for course in json.loads(PATH.read_text()).values()]
+    assert len({round(end, 6) for end in ends}) == len(METHODS)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train = load(parse(RunConfig, PLAIN).data, ("train",))
+    traces = {method: [round(loss, 9) for loss in trace(method, train)] for method in METHODS}
+    PATH.write_text(json.dumps(traces, indent=1) + "\n")
