@@ -24,7 +24,7 @@ from cactus_ray.training.losses import (
     Region,
     standard,
 )
-from cactus_ray.training.losses.tail import attacked_margins, lowest, tail_of
+from cactus_ray.training.losses.tail import Aim, attacked_margins, lowest, tail_of
 
 CLASSES = 4
 BOUNDS = [("ibp", 1.0), ("crown_ibp", 1.0), ("crown_ibp", 0.5), ("crown_ibp", 0.0)]
@@ -197,9 +197,8 @@ def test_taps_margins_lie_between_bound_and_sampled_worst_case() -> None:
     assert targets.shape == (12, CLASSES - 1)
     assert not (targets == region.labels[:, None]).any()
     generator = torch.Generator().manual_seed(9)
-    found = attacked_margins(
-        tail, params, boxes, region.labels, targets, options(latent_steps=10), statistics=None, generator=generator
-    )
+    aim = Aim(tail, params, region.labels, targets, None)
+    found = attacked_margins(aim, boxes, options(latent_steps=10), generator)
     assert (found >= lower.gather(1, targets) - 1e-9).all()
     x = torch.lerp(boxes.lower, boxes.upper, torch.rand(300, *boxes.center.shape, generator=generator).double())
     logits = forward(tail, params, x.flatten(0, 1)).view(300, 12, CLASSES)

@@ -6,6 +6,8 @@ gradient at the points is connected with the ends of the box.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -54,52 +56,54 @@ def lowest(lower_margins: Tensor, labels: Tensor, count: int) -> Tensor:
     return others.topk(min(count, others.shape[1] - 1), dim=1, largest=False).indices
 
 
-def attacked_margins(
-    tail: Graph,
-    params: Params,
-    box: Box,
-    labels: Tensor,
-    targets: Tensor,
-    options: LossOptions,
-    *,
-    statistics: Statistics | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """The smallest margins [N, T] found in the box, to each target class; differentiable in weights and box.
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is attacked: per image the margins to some classes (``targets`` [N, T]) behind the tail."""
 
-    Costs as many forward passes of N * T points through the tail as there are
-    steps, and their points have to fit in memory: ``latent_targets`` bounds T where there are many classes.
+    tail: Graph
+    params: Params
+    labels: Tensor
+    targets: Tensor
+    statistics: Statistics | None
+
+    def margins(self, points: Tensor) -> Tensor:
+        """logit[label] - logit[target] [N, T] at points [N, T, ...] in front of the tail."""
+        shape = self.targets.shape
+        logits = forward(self.tail, self.params, points.flatten(0, 1), statistics=self.statistics).view(*shape, -1)
+        own = self.labels[:, None, None].expand(*shape, 1)
+        return (logits.gather(2, own) - logits.gather(2, self.targets[..., None])).squeeze(2)
+
+    def detached(self) -> Aim:
+        """The same without gradients into the network."""
+        params = {name: tensor.detach() for name, tensor in self.params.items()}
+        frozen = {name: (mean.detach(), var.detach()) for name, (mean, var) in (self.statistics or {}).items()}
+        return Aim(self.tail, params, self.labels, self.targets, frozen)
+
+
+def attacked_margins(aim: Aim, box: Box, options: LossOptions, generator: torch.Generator) -> Tensor:
+    """The smallest margins [N, T] found in the box in front of the tail; differentiable in weights and box.
+
+    Costs as many passes of N * T points through the tail as there are steps, and their points have to fit in memory:
+    ``latent_targets`` bounds T where there are many classes.
     """
-    points = _search(
-        tail, {k: v.detach() for k, v in params.items()}, Box(box.center.detach(), box.radius.detach()), labels,
-        targets, options, {k: (m.detach(), v.detach()) for k, (m, v) in (statistics or {}).items()}, generator,
-    )  # fmt: skip
-    return _margins(tail, params, _connected(points, box), labels, targets, statistics)
+    points = _search(aim.detached(), Box(box.center.detach(), box.radius.detach()), options, generator)
+    return aim.margins(_connected(points, box))
 
 
-def _search(
-    tail: Graph,
-    params: Params,
-    box: Box,
-    labels: Tensor,
-    targets: Tensor,
-    options: LossOptions,
-    statistics: Statistics,
-    generator: torch.Generator,
-) -> Tensor:
+def _search(aim: Aim, box: Box, options: LossOptions, generator: torch.Generator) -> Tensor:
     """Points [N, T, ...] of the box: sign steps from uniform starts, the best of all that were met."""
     lower, upper, width = box.lower[:, None], box.upper[:, None], 2.0 * box.radius[:, None]
-    shape = (*targets.shape, *box.radius.shape[1:])
-    best = torch.full(targets.shape, torch.inf, dtype=lower.dtype, device=lower.device)
+    shape = (*aim.targets.shape, *box.radius.shape[1:])
+    best = torch.full(aim.targets.shape, torch.inf, dtype=lower.dtype, device=lower.device)
     points = lower.expand(shape)
     for _ in range(options.latent_restarts):
         x = torch.lerp(lower, upper, torch.rand(shape, generator=generator, dtype=lower.dtype, device=lower.device))
         for rate in (*_rates(options.latent_steps), None):
             x = x.detach().requires_grad_(rate is not None)
-            margin = _margins(tail, params, x, labels, targets, statistics)
+            margin = aim.margins(x)
             better = margin.detach() < best
             best = torch.where(better, margin.detach(), best)
-            points = torch.where(better.view(*targets.shape, *([1] * (x.dim() - 2))), x.detach(), points)
+            points = torch.where(better.view(*better.shape, *([1] * (x.dim() - 2))), x.detach(), points)
             if rate is not None:
                 (gradient,) = torch.autograd.grad(margin.sum(), x)
                 x = torch.clamp(x.detach() - rate * width * gradient.sign(), lower, upper)
@@ -110,15 +114,6 @@ def _rates(steps: int) -> list[float]:
     """Steps as shares of the box's width, which reach both ends; of 10 or more the last 30 % are five times finer."""
     rate = max(0.2, 2.0 / steps)
     return [rate if steps < 10 or done < int(0.7 * steps) else 0.2 * rate for done in range(steps)]
-
-
-def _margins(
-    tail: Graph, params: Params, points: Tensor, labels: Tensor, targets: Tensor, statistics: Statistics | None
-) -> Tensor:
-    """logit[label] - logit[target] [N, T] at points [N, T, ...] in front of the tail."""
-    logits = forward(tail, params, points.flatten(0, 1), statistics=statistics).view(*targets.shape, -1)
-    own = labels[:, None, None].expand(*targets.shape, 1)
-    return (logits.gather(2, own) - logits.gather(2, targets[..., None])).squeeze(2)
 
 
 def _connected(points: Tensor, box: Box) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Node, Params, Statistics
 from cactus_ray.bounds.interval import Box
 from cactus_ray.training.losses.base import LossOptions, Region, Visitor, box_margins, worst_case
-from cactus_ray.training.losses.tail import attacked_margins, lowest, tail_of
+from cactus_ray.training.losses.tail import Aim, attacked_margins, lowest, tail_of
 
 
 def taps(
@@ -53,10 +53,8 @@ def attacked_tail(
 
     lower = box_margins(graph, params, box, region.labels, options.relu_shrinkage, statistics=statistics, visit=keep)
     targets = lowest(lower, region.labels, options.latent_targets)
-    found = attacked_margins(
-        tail, params, front["box"], region.labels, targets, options,
-        statistics=statistics, generator=region.generator,
-    )  # fmt: skip
+    aim = Aim(tail, params, region.labels, targets, statistics)
+    found = attacked_margins(aim, front["box"], options, region.generator)
     attacked = worst_case(lower.scatter(1, targets, found), region.labels)
     attacked = attacked.detach() + options.gradient_scale * (attacked - attacked.detach())
     return attacked * worst_case(lower, region.labels)
