@@ -1,7 +1,7 @@
 import pytest
 
 from cactus_ray.config import TrainConfig
-from cactus_ray.training.schedule import epsilon_at, learning_rate_at, ramp_at, standard_weight_at
+from cactus_ray.training.schedule import crown_weight_at, epsilon_at, learning_rate_at, ramp_at, standard_weight_at
 
 TRAIN = TrainConfig(warmup=0.1, ramp=0.4)
 
@@ -10,7 +10,8 @@ def test_end_values() -> None:
     assert epsilon_at(0.0, TRAIN, 0.3) == 0.0
     assert epsilon_at(0.0999, TRAIN, 0.3) == 0.0
     assert epsilon_at(0.5, TRAIN, 0.3) == pytest.approx(0.3)
-    assert epsilon_at(1.0, TRAIN, 0.3) == pytest.approx(0.3)
+    assert epsilon_at(1.0, TRAIN, 0.3) == 0.3  # exactly: latent attacks begin where the end is reached
+    assert epsilon_at(0.50001, TRAIN, 0.3) == 0.3
     assert standard_weight_at(0.05, TRAIN, 0.2) == 1.0
     assert standard_weight_at(0.3, TRAIN, 0.2) == pytest.approx(0.6)
     assert standard_weight_at(0.7, TRAIN, 0.2) == pytest.approx(0.2)
@@ -39,3 +40,8 @@ def test_without_warmup_and_ramp_the_final_values_hold_from_the_start() -> None:
 def test_learning_rate_falls_at_each_fraction() -> None:
     train = TrainConfig(decay_at=(0.5, 0.8), decay_factor=0.1)
     assert [learning_rate_at(f, train, 1.0) for f in (0.0, 0.5, 0.9)] == pytest.approx([1.0, 0.1, 0.01])
+
+
+def test_weight_of_crown_is_a_line_in_epsilon() -> None:
+    assert [crown_weight_at(e, 0.2, 0.5) for e in (0.0, 0.1, 0.2)] == pytest.approx([1.0, 0.75, 0.5])
+    assert crown_weight_at(0.0, 0.0, 0.5) == 0.5  # without a threat there is no ramp
