@@ -22,14 +22,14 @@ from cactus_ray.compression.sets import members
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
 from cactus_ray.training.loop import update
-from cactus_ray.training.losses import ATTACKED
+from cactus_ray.training.losses import ATTACKED, EXPRESSIVE, TAIL_ATTACKED, UNBOUNDED
 from cactus_ray.training.run import Run, start
 from cactus_ray.training.state import generator_for
 from cactus_ray.training.step import Step
 from cactus_ray.training.workers import Alone
 
 WARM_UP = 3
-_BOX, _CLEAN, _ATTACK_STEP = 6.0, 3.0, 2.0
+_BOX, _CLEAN, _POINT, _BACKWARD_BOUND, _ATTACK_STEP = 6.0, 3.0, 3.0, 3.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +74,24 @@ class Costs:
 def ideal_units(config: RunConfig, graph: Graph) -> float | None:
     """The passes of a step in F: 9 + 2k for SABR with k attack steps, 18 + 2k for a pair with a shared attack.
 
-    A member that sees a share of the batch counts as that share. None where a method's passes have no simple count.
+    A member that sees a share of the batch counts as that share. None where a method's passes have no simple count:
+    those of taps and staps depend on the size of the tail and on the number of classes.
     """
-    loss = config.certified_loss or config.method
-    if loss not in ("ibp", "sabr"):
+    loss = config.loss
+    if loss in TAIL_ATTACKED:
         return None
+    if loss == "standard":
+        return _CLEAN
     normalised = any(node.op == "batch_norm" for node in graph.nodes)
-    clean = _CLEAN if config.standard_weight > 0.0 or normalised else 0.0
+    clean = _CLEAN if config.standard_weight or (normalised and loss not in EXPRESSIVE) else 0.0
     attack = _ATTACK_STEP * (config.attack_steps or 0) if loss in ATTACKED else 0.0
-    one = clean + _BOX
+    if normalised and clean == 0.0:
+        attack += 1.0  # the full network's clean forward, for its running statistics
+    one = clean + (0.0 if loss in UNBOUNDED else _BOX)
+    if loss in EXPRESSIVE or loss in UNBOUNDED:
+        one += _POINT
+    if config.crown_weight:
+        one += _BACKWARD_BOUND
     chosen = config.compression_set
     if chosen is None:
         return attack + one
@@ -139,6 +148,7 @@ class _Bench:
     run: Run
     noise: torch.Generator
     draws: torch.Generator
+    latent: torch.Generator
     memory: dict[str, Any] = field(default_factory=dict)
     seen: Tensor = field(default_factory=lambda: torch.empty(2))
     index: int = 0
@@ -150,7 +160,8 @@ class _Bench:
     def of(name: str, config: RunConfig, data: DataSet, device: str) -> _Bench:
         run = start(config, data, None, None, Alone(), False, device)
         noise = generator_for(config.seed, 0, "attack", device)
-        bench = _Bench(name, run, noise, generator_for(config.seed, 0, "members"))
+        latent = generator_for(config.seed, 0, "latent attack", device)
+        bench = _Bench(name, run, noise, generator_for(config.seed, 0, "members"), latent)
         bench.seen = torch.empty(2, device=device)
         return bench
 
@@ -158,10 +169,12 @@ class _Bench:
         run, config = self.run, self.run.config
         size = run.batch_size
         noise = torch.rand((size, *run.graph.input_shape), generator=self.noise, device=run.images.device)
+        weight = config.standard_weight
         step = Step(
             config, run.graph, run.params, run.images[:size], run.labels[:size], noise=noise,
-            epsilon=config.threat.epsilon, standard_weight=config.standard_weight, progress=0.999, index=self.index,
-            generator=self.draws, memory=self.memory, workers=run.workers,
+            epsilon=config.training_epsilon, standard_weight=1.0 if weight is None else weight, progress=0.999,
+            index=self.index, generator=self.draws, memory=self.memory, workers=run.workers,
+            latent_generator=self.latent,
         )  # fmt: skip
         update(run, step, config.learning_rate, self.seen)
         self.index += 1

@@ -41,6 +41,14 @@ def cactus(k: int, strategy: str, **values: Any) -> dict[str, Any]:
         ({"method": "ibp", "standard_weight": 0.0, "model": "cnn7"}, 9),  # but batch norm does
         ({"method": "sabr", "attack_steps": 1}, 11),
         ({"method": "sabr", "attack_steps": 8}, 25),
+        ({"method": "standard"}, 3),
+        ({"method": "pgd", "attack_steps": 10}, 26),
+        ({"method": "mtl_ibp"}, 14),
+        ({"method": "cc_ibp", "standard_weight": 0.0}, 11),
+        ({"method": "exp_ibp", "standard_weight": 0.0, "model": "cnn7"}, 12),  # a clean forward, no backward
+        ({"method": "crown_ibp"}, 9),
+        ({"method": "crown_ibp", "crown_weight": 1.0}, 12),
+        ({"method": "taps"}, None),
         (cactus(8, "none"), 25),
         (cactus(8, "single"), 34),
         (cactus(1, "single"), 20),
@@ -55,7 +63,7 @@ def cactus(k: int, strategy: str, **values: Any) -> dict[str, Any]:
         (cactus(1, "single", awp_radius=0.5, awp_member="pruned"), 29),
     ],
 )
-def test_ideal_units_count_the_passes(values: dict[str, Any], expected: float) -> None:
+def test_ideal_units_count_the_passes(values: dict[str, Any], expected: float | None) -> None:
     assert units(**values) == expected
 
 
@@ -65,10 +73,12 @@ def test_measure_times_every_case_beside_the_forward() -> None:
     splits = ("train", "selection")
     data = DataSet("random", tuple("0123456789"), dict.fromkeys(splits, images), dict.fromkeys(splits, labels), {})
     cases = [("sabr", config(method="sabr", attack_steps=8)), ("ibp", config(method="ibp"))]
+    cases += [("staps", config(method="staps")), ("standard", config(method="standard"))]
     found = measure(cases, data, repeats=2, steps=1)
-    assert [step.name for step in found.steps] == ["sabr", "ibp"]
+    assert [step.name for step in found.steps] == ["sabr", "ibp", "staps", "standard"]
     assert found.forward_seconds.low > 0
-    for step in found.steps:
+    assert found.steps[2].ideal is None
+    for step in found.steps[:2]:
         assert step.ideal is not None
         assert step.efficiency == pytest.approx(step.ideal / step.forwards.median)
         assert step.forwards.low <= step.forwards.median <= step.forwards.high
