@@ -6,12 +6,10 @@ verifiers. A trial of Tune ends with its training, so a network that waits for v
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import logging
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -23,16 +21,18 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from cactus_ray.cluster.broker import Broker, Limits
 from cactus_ray.cluster.connect import connected
-from cactus_ray.cluster.mailbox import Mailbox, Message
+from cactus_ray.cluster.desk import Desk
+from cactus_ray.cluster.mailbox import Mailbox
 from cactus_ray.cluster.resources import Plan, execution_of, plan
 from cactus_ray.cluster.train_workers import TrainJob, train_trial
-from cactus_ray.cluster.verifier_pool import ChunkFailure, VerifierContext, VerifierPool
-from cactus_ray.errors import RunFailedError
+from cactus_ray.cluster.verifier import VerifierContext
+from cactus_ray.cluster.verifier_pool import VerifierPool
 from cactus_ray.search.space import Space
 from cactus_ray.search.study import Listener, Study
+from cactus_ray.verification.branch import DEFAULT_SECONDS
 
-POLL_SECONDS = 0.05
 Attach = Callable[[], AbstractContextManager[Listener | None]]
 
 
@@ -49,97 +49,6 @@ class DriverOptions:
     trust_code: bool = False
     init: bytes | None = None
     cpus: int | None = None
-
-
-class Desk:
-    """Keeps the study's state in step with what trainers and verifiers send. All access is under one lock."""
-
-    def __init__(self, study: Study, shares: Plan, pool: VerifierPool, mailbox: Any) -> None:
-        self.study, self.shares, self.pool, self.mailbox = study, shares, pool, mailbox
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
-        self.error: BaseException | None = None
-        self.closing = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
-
-    def start(self) -> None:
-        for _, path, chunks in self.study.resumed:
-            self.pool.submit(chunks, path.read_bytes())
-        self.thread.start()
-
-    def close(self) -> None:
-        self.closing.set()
-        self.thread.join(timeout=30)
-
-    def _run(self) -> None:
-        try:
-            while not self.closing.is_set():
-                self.take_mail()
-                for found in self.pool.poll(POLL_SECONDS):
-                    self._judge(found)
-        except BaseException as error:  # the main thread must learn of it, whatever it is
-            with self.changed:
-                self.error = error
-                self.changed.notify_all()
-            _thread.interrupt_main()  # Tune would wait for the trials that train, for hours perhaps
-
-    def take_mail(self) -> None:
-        """Handle every message that the trainers have sent so far."""
-        with self.changed:
-            messages: list[Message] = ray.get(self.mailbox.take.remote())
-            for kind, trial, content in messages:
-                if kind == "epoch":
-                    self.study.epoch(trial, **content)
-                elif kind == "trained":
-                    chunks = self.study.trained(trial, **content)
-                    self.pool.submit(chunks, content["networks"][content["chosen"]])
-                else:
-                    self.study.failed(trial, **content)
-            if messages:
-                self.changed.notify_all()
-
-    def _judge(self, found: Any) -> None:
-        with self.changed:
-            if isinstance(found, ChunkFailure):
-                if found.unsound:
-                    raise RunFailedError(
-                        f"trial {found.chunk.trial}, level {found.chunk.level}: {found.error}; no verdict of this "
-                        "study can be trusted"
-                    )
-                self.pool.drop(found.chunk.trial)
-                if found.chunk.trial in self.study.verifying:
-                    self.study.failed(found.chunk.trial, f"level {found.chunk.level}: {found.error}")
-            else:
-                self.study.verified(found)
-            self.changed.notify_all()
-
-    # --- what Tune's thread asks
-
-    def next_configuration(self, wait: float) -> dict[str, Any] | str | None:
-        """A configuration for Tune, "finished", or None if there is none now (after waiting for one for ``wait`` s)."""
-        deadline = time.monotonic() + wait
-        with self.changed:
-            while True:
-                if self.error is not None or self.study.done:
-                    return "finished"
-                free = len(self.study.training) < self.shares.training and self.study.in_flight < self.shares.in_flight
-                start = self.study.next_trial() if free else None
-                if start is not None:
-                    return {"trial": start.id, "run": start.config.to_dict()}
-                left = deadline - time.monotonic()
-                if left <= 0 or self.study.training:
-                    return None
-                self.changed.wait(left)
-
-    def trainer_ended(self, trial: str, error: bool) -> None:
-        """Tune says that a trial's function ended; one that died without mail has failed."""
-        if not error:
-            return
-        self.take_mail()
-        with self.changed:
-            if trial in self.study.training:
-                self.study.failed(trial, "the training process died (killed, or out of memory)")
-                self.changed.notify_all()
 
 
 class DeskSearcher(Searcher):  # type: ignore[misc]
@@ -191,8 +100,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
         folder = stack.enter_context(_scratch(options.storage))
         listener = stack.enter_context(attach()) if attach else None
         with _recorded_end(study, listener):
-            context = VerifierContext(space.data, space.threat, space.verification, space.resources.threads)
-            pool = VerifierPool(context, shares.verifiers, shares.verifier_resources)
+            pool = _pool(study, shares)
             desk = Desk(study, shares, pool, ray.remote(num_cpus=0)(Mailbox).remote())
             desk.start()
             try:
@@ -205,6 +113,22 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
                 pool.close()
             if desk.error is not None:
                 raise desk.error
+
+
+def _pool(study: Study, shares: Plan) -> VerifierPool:
+    """The verifiers, and a broker that goes on where the records of an earlier driver end."""
+    space, r = study.space, study.space.resources
+    device = "cuda" if r.gpus_per_verifier > 0 else "cpu"
+    default = DEFAULT_SECONDS if space.verification.bound == "branch" else 0.0
+    limits = Limits(
+        hang_seconds=r.hang_seconds,
+        sample_seconds=space.verification.seconds_per_sample or default,
+        trial_seconds=r.verify_seconds_per_trial,
+        study_seconds=r.verify_seconds_per_study,
+    )
+    broker = Broker(limits, [f"verifier-{i}" for i in range(shares.verifiers)], study.spent, study.losses)
+    context = VerifierContext(space.data, space.threat, space.verification, r.threads, device)
+    return VerifierPool(context, broker, shares.verifier_resources, lambda trial: study.checkpoint(trial).read_bytes())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.settings import ResourceSettings
 from cactus_ray.search.space import Space
 
+TINY = 1e-9
+"""Slack of sums of fractions: ten tenths are one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -41,16 +44,13 @@ def plan(space: Space, available: Mapping[str, float]) -> Plan:
     """
     r = space.resources
     execution = execution_of(r)
-    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    trial_cpus, trial_gpus = r.workers * r.cpus_per_worker, r.workers * r.gpus_per_worker
-    fitting = int((cpus - r.verifiers) / trial_cpus + 1e-9)
-    if trial_gpus > 0:
-        fitting = min(fitting, int(gpus / trial_gpus + 1e-9))
+    fitting = _fitting(r, available.get("CPU", 0.0), available.get("GPU", 0.0))
     if fitting < 1:
         raise UserError(
-            f"resources: a trial needs {trial_cpus:g} CPU and {trial_gpus:g} GPU beside {r.verifiers} verifier(s) of "
-            f"1 CPU, but the cluster has {cpus:g} CPU and {gpus:g} GPU; lower workers, cpus_per_worker, "
-            "gpus_per_worker or verifiers, or use a larger cluster"
+            f"resources: a trial needs {r.workers * r.cpus_per_worker:g} CPU and {r.workers * r.gpus_per_worker:g} GPU "
+            f"beside {r.verifiers} verifier(s) of {r.cpus_per_verifier:g} CPU and {r.gpus_per_verifier:g} GPU, but the "
+            f"cluster has {available.get('CPU', 0.0):g} CPU and {available.get('GPU', 0.0):g} GPU; lower workers, "
+            "verifiers or what each of them asks for, or use a larger cluster"
         )
     wanted = space.search.concurrency
     training = fitting if wanted is None else min(fitting, wanted)
@@ -62,4 +62,36 @@ def plan(space: Space, available: Mapping[str, float]) -> Plan:
         if execution == "direct"
         else {"CPU": 0.001}  # exactly 0 is refused by Tune ("empty head")
     )
-    return Plan(execution, training, in_flight, trial_resources, {"CPU": 1.0}, r.verifiers)
+    verifier_resources = {"CPU": float(r.cpus_per_verifier), "GPU": float(r.gpus_per_verifier)}
+    return Plan(execution, training, in_flight, trial_resources, verifier_resources, r.verifiers)
+
+
+def _fitting(r: ResourceSettings, cpus: float, gpus: float) -> int:
+    """Trials that fit beside the verifiers; 0 also where the verifiers alone do not fit."""
+    by_cpu = int((cpus - r.verifiers * r.cpus_per_verifier) / (r.workers * r.cpus_per_worker) + TINY)
+    if by_cpu < 1 or (r.gpus_per_worker <= 0 and r.gpus_per_verifier <= 0):
+        return max(by_cpu, 0)
+    free = [1.0] * int(gpus + TINY)
+    if not all(_place(free, r.gpus_per_verifier) for _ in range(r.verifiers)):
+        return 0
+    trials = 0
+    while trials < by_cpu and all(_place(free, r.gpus_per_worker) for _ in range(r.workers)):
+        trials += 1
+    return trials
+
+
+def _place(free: list[float], wanted: float) -> bool:
+    """Take ``wanted`` GPUs out of ``free``: a part of one from the fullest that has it, as no two can give a part."""
+    if wanted >= 1:
+        whole = [i for i, left in enumerate(free) if left > 1 - TINY][: int(wanted + TINY)]
+        if len(whole) < int(wanted + TINY):
+            return False
+        for i in whole:
+            free[i] = 0.0
+        return True
+    room = [i for i, left in enumerate(free) if left + TINY >= wanted]
+    if wanted > 0 and not room:
+        return False
+    if wanted > 0:
+        free[min(room, key=lambda i: free[i])] -= wanted
+    return True

@@ -63,7 +63,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "example": tables.example_command(run, points, space.front),
         "front_trials": tables.front_trials(run, records, points),
         "importance_note": importance_note,
-        "cost_words": _cost_words(seconds),
+        "cost_words": _cost_words(seconds, records.ledger()),
         "training": [{"id": f"training-{m}", "title": t} for m, t in PROXIES.items() if f"training-{m}" in charts],
         "losses": tables.lost_trials(records),
         "trials": tables.trial_rows(space, records),
@@ -198,12 +198,14 @@ def _warnings(records: Records, points: Sequence[figures.Point]) -> list[str]:
     return found
 
 
-def _cost_words(seconds: Mapping[str, tuple[float, float]]) -> str:
+def _cost_words(seconds: Mapping[str, tuple[float, float]], ledger: Mapping[str, float]) -> str:
     train, verify = (sum(pair[i] for pair in seconds.values()) for i in (0, 1))
-    return (
+    words = (
         f"{figures.duration_text(train)} of training and {figures.duration_text(verify)} of verification, "
         f"summed over {len(seconds)} trials, failed and stopped ones included."
     )
+    stages = tables.ledger_text(ledger)
+    return f"{words} Verifiers by stage: {stages}." if stages else words
 
 
 def _footer(records: Records) -> str:

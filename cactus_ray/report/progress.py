@@ -34,6 +34,7 @@ class _Trial:
     metrics: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
     verified: int = 0
+    dear: int = 0
     said: float = 0.0
 
 
@@ -56,7 +57,8 @@ class StudyProgress:
         for trial in records.trials.values():
             if trial.status == "trained":
                 verified = sum(len(rows) for rows in trial.verdicts.values())
-                self.open[trial.id] = _Trial(trained=True, verified=verified)
+                dear = sum(len(indices) for indices in trial.dear.values())
+                self.open[trial.id] = _Trial(trained=True, verified=verified, dear=dear)
         self.ended_before, self.begun = self.ended, time.monotonic()
         live = enabled and self.console.is_terminal
         self.live = (
@@ -109,7 +111,11 @@ class StudyProgress:
 
     def _on_verdicts(self, event: Mapping[str, Any]) -> None:
         trial = self.open.setdefault(event["trial"], _Trial(trained=True))
-        trial.verified += len(event["samples"])
+        count = sum(len(found["samples"]) for found in event["levels"].values())
+        if event["stage"] == "dear":  # these had a verdict before
+            trial.dear += count
+        else:
+            trial.verified += count
 
     def _on_completed(self, event: Mapping[str, Any]) -> None:
         self.points += [dict(point) for point in event["points"]]
@@ -169,7 +175,8 @@ class StudyProgress:
             return bar, Text(f"epoch {trial.epoch}/{trial.epochs or '?'}"), Text(_metrics(trial.metrics))
         total = self._verdicts_in_all()
         bar = ProgressBar(total=total or 1, completed=min(trial.verified, total or 0), width=20)
-        return bar, Text("verifying"), Text(f"{trial.verified:,}{f' of {total:,}' if total else ''} verdicts")
+        more = f", {trial.dear:,} of them after dear verification" if trial.dear else ""
+        return bar, Text("verifying"), Text(f"{trial.verified:,}{f' of {total:,}' if total else ''} verdicts{more}")
 
     def _verdicts_in_all(self) -> int:
         """Verdicts that a trial needs: known from the space, or from a trial that is complete."""

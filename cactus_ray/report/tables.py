@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cactus_ray.report.figures import Point, size_text, upper_end
+from cactus_ray.report.figures import Point, duration_text, size_text, upper_end
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import knee
 from cactus_ray.search.space import Space
@@ -156,21 +156,24 @@ def value_text(value: Any) -> str:
 def seconds_by_trial(records: Records) -> dict[str, tuple[float, float]]:
     """Seconds of training and of verification for every trial on which either was spent.
 
-    Exact for complete trials; for others verification is what the recorded verdicts took, and training the epochs that
-    were reported.
+    Verification is all that verifiers worked for the trial, also what was lost with them. Training is exact for trials
+    that were trained; for others it is the epochs that were reported.
     """
     found = {}
     for trial in records.trials.values():
-        if trial.points:
-            verify = sum(p["verify_seconds"] for p in trial.points)
-        else:
-            verify = sum(float(row[-1] or 0.0) for rows in trial.verdicts.values() for row in rows.values())
+        verify = sum(trial.ledger.values())
         train = trial.train_seconds
         if train is None:
             train = sum(float(e["metrics"].get("seconds") or 0.0) for e in trial.epochs)
         if train or verify:
             found[trial.id] = (float(train), float(verify))
     return found
+
+
+def ledger_text(ledger: Mapping[str, float]) -> str:
+    """Seconds of verifiers by stage in one line, the largest first; empty where nothing was verified."""
+    parts = [(stage, seconds) for stage, seconds in ledger.items() if seconds > 0]
+    return ", ".join(f"{stage} {duration_text(seconds)}" for stage, seconds in sorted(parts, key=lambda p: -p[1]))
 
 
 def example_command(run: Path, points: Sequence[Point], front: Mapping[str, str]) -> str | None:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cactus_ray.report.figures import Point, size_text, upper_end
 from cactus_ray.report.progress import StudyProgress
-from cactus_ray.report.tables import seconds_by_trial
+from cactus_ray.report.tables import ledger_text, seconds_by_trial
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, TrialRecord, with_front
 from cactus_ray.verification.verdict import wilson
@@ -43,18 +43,18 @@ def front_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def status_table(space: Space, records: Records) -> Table:
+def status_table(records: Records) -> Table:
     """One row per trial: how far it is, what it cost, why it ended."""
     seconds = seconds_by_trial(records)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trial", "status", "epochs", "levels", "certified", "train s", "verify s", "note"):
+    for heading in ("trial", "status", "epochs", "verdicts", "certified", "train s", "verify s", "note"):
         right = heading not in ("trial", "status", "note")
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note", overflow="fold")
     for trial in records.trials.values():
         train, verify = seconds.get(trial.id, (0.0, 0.0))
         mean = trial.metrics.get("mean_certified_accuracy")
         cells = (
-            trial.id, trial.status, _epochs(trial), f"{len(trial.verdicts)}/{len(space.levels)}",
+            trial.id, trial.status, _epochs(trial), f"{_verdicts(trial):,}",
             "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", trial.error or "",
         )  # fmt: skip
         table.add_row(*(Text(str(cell)) for cell in cells))
@@ -83,13 +83,16 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
     counts = _counts(records)
     if as_json:
         trials = [_trial_json(space, trial) for trial in records.trials.values()]
-        _print_json(console, {"run": str(run), "asked": space.search.trials, **counts, "records": to_json(trials)})
+        asked = {"run": str(run), "asked": space.search.trials, **counts, "verifier_seconds": records.ledger()}
+        _print_json(console, {**asked, "records": to_json(trials)})
         return
-    console.print(status_table(space, records))
+    console.print(status_table(records))
     states = ", ".join(f"{number} {state}" for state, number in counts["trials"].items())
     console.print(
         f"{space.name}: {counts['status']}; of {space.search.trials} trials {states}", highlight=False, markup=False
     )
+    if stages := ledger_text(records.ledger()):
+        console.print(f"verifiers: {stages}", highlight=False, markup=False)
     if records.damaged_lines:
         console.print(f"{records.damaged_lines} lines of trials.jsonl are damaged and ignored", highlight=False)
 
@@ -121,9 +124,14 @@ def _counts(records: Records) -> dict[str, Any]:
 def _trial_json(space: Space, trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.id, "status": trial.status, "epochs": len(trial.epochs), "levels": len(space.levels),
-        "levels_verified": len(trial.verdicts), "train_seconds": trial.train_seconds, "error": trial.error,
-        "parameters": trial.parameters, "metrics": trial.metrics,
+        "levels_verified": len(trial.verdicts), "verdicts": _verdicts(trial), "train_seconds": trial.train_seconds,
+        "verifier_seconds": trial.ledger, "error": trial.error, "parameters": trial.parameters,
+        "metrics": trial.metrics,
     }  # fmt: skip
+
+
+def _verdicts(trial: TrialRecord) -> int:
+    return sum(len(rows) for rows in trial.verdicts.values())
 
 
 def _epochs(trial: TrialRecord) -> str:

@@ -22,7 +22,7 @@ COLUMNS = (
     "n_unknown", "certified_accuracy", "bytes", "ideal_bits", "macs", "train_seconds", "verify_seconds", "on_front",
     "config_hash",
 )  # fmt: skip
-EVENTS = ("study", "started", "epoch", "trained", "verdicts", "completed", "failed", "stopped", "finished")
+EVENTS = ("study", "started", "epoch", "trained", "verdicts", "lost", "completed", "failed", "stopped", "finished")
 _TEXT = ("trial", "level", "method", "split", "config_hash")
 _COUNTS = ("samples", "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs")
 
@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 class TrialRecord:
     """What is known of one trial. ``status``: running, trained, completed, failed or stopped.
 
-    Only a completed trial has ``points`` and ``metrics``. ``verdicts``: level -> index -> row of the record.
+    Only a completed trial has ``points`` and ``metrics``. ``verdicts``: level -> index -> row of the record;
+    ``dear``: level -> indices whose row is the last word of the dear stage; ``ledger``: seconds of verifiers by stage
+    of the cascade, ``overhead`` and ``lost`` (to verifiers that died or hung) among them; ``losses``: chunk -> how
+    many verifiers it was lost with.
     """
 
     id: str
@@ -51,6 +54,11 @@ class TrialRecord:
     checkpoint: str | None = None
     sha256: str | None = None
     verdicts: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
+    dear: dict[str, set[int]] = field(default_factory=dict)
+    measures: dict[str, dict[str, int]] = field(default_factory=dict)
+    verify_seconds: dict[str, float] = field(default_factory=dict)
+    ledger: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, int] = field(default_factory=dict)
     started: float | None = None
     ended: float | None = None
 
@@ -67,6 +75,14 @@ class Records:
     def points(self) -> list[dict[str, Any]]:
         """One row per (trial, level) of the completed trials."""
         return [point for trial in self.trials.values() if trial.status == "completed" for point in trial.points]
+
+    def ledger(self) -> dict[str, float]:
+        """Seconds of verifiers by stage, over all trials, whatever became of them."""
+        total: dict[str, float] = {}
+        for trial in self.trials.values():
+            for stage, seconds in trial.ledger.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
 
 
 def read_records(run: str | Path) -> Records:
@@ -130,8 +146,8 @@ def _epoch(trial: TrialRecord, event: dict[str, Any]) -> bool:
 
 
 def _trained(trial: TrialRecord, event: dict[str, Any]) -> bool:
-    if trial.sha256 != event.get("sha256"):
-        trial.verdicts = {}  # of another network
+    if trial.sha256 != event.get("sha256"):  # verdicts are of another network; what they cost stays spent
+        trial.verdicts, trial.dear, trial.measures, trial.verify_seconds, trial.losses = {}, {}, {}, {}, {}
     trial.status = "trained"
     trial.checkpoint, trial.sha256 = event.get("checkpoint"), event.get("sha256")
     trial.train_seconds = event.get("train_seconds")
@@ -139,11 +155,46 @@ def _trained(trial: TrialRecord, event: dict[str, Any]) -> bool:
 
 
 def _verdicts(trial: TrialRecord, event: dict[str, Any]) -> bool:
-    level, samples = event.get("level"), event.get("samples")
-    if not isinstance(level, str) or not isinstance(samples, list):
+    levels = _level_results(event)
+    if levels is None:
         return False
-    trial.verdicts.setdefault(level, {}).update({row[0]: row for row in samples})
+    all_seconds = 0.0
+    for level, found in levels.items():
+        trial.verdicts.setdefault(level, {}).update({row[0]: row for row in found["samples"]})
+        if event.get("stage", "dear") == "dear":
+            trial.dear.setdefault(level, set()).update(row[0] for row in found["samples"])
+        if found.get("measures"):
+            trial.measures[level] = found["measures"]
+        seconds = float(found.get("seconds") or 0.0)
+        trial.verify_seconds[level] = trial.verify_seconds.get(level, 0.0) + seconds
+        all_seconds += seconds
+    _spend(trial, event.get("ledger", {"verification": all_seconds}))
     return True
+
+
+def _level_results(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What an event says of each level; None if it does not fit.
+
+    Before there were stages an event told of one level, and every verdict was the last word.
+    """
+    levels = {event["level"]: event} if "level" in event else event.get("levels")
+    fits = isinstance(levels, Mapping) and all(
+        isinstance(level, str) and isinstance(found, Mapping) and isinstance(found.get("samples"), list)
+        for level, found in levels.items()
+    )
+    return levels if fits else None
+
+
+def _lost(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    chunk = str(event.get("chunk"))
+    trial.losses[chunk] = trial.losses.get(chunk, 0) + 1
+    _spend(trial, {"lost": event.get("seconds")})
+    return True
+
+
+def _spend(trial: TrialRecord, ledger: Mapping[str, Any]) -> None:
+    for stage, seconds in ledger.items():
+        trial.ledger[stage] = trial.ledger.get(stage, 0.0) + float(seconds or 0.0)
 
 
 def _completed(trial: TrialRecord, event: dict[str, Any]) -> bool:
@@ -165,8 +216,8 @@ def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
 
 
 _TAKERS = {
-    "epoch": _epoch, "trained": _trained, "verdicts": _verdicts, "completed": _completed, "failed": _failed,
-    "stopped": _failed,
+    "epoch": _epoch, "trained": _trained, "verdicts": _verdicts, "lost": _lost, "completed": _completed,
+    "failed": _failed, "stopped": _failed,
 }  # fmt: skip
 
 

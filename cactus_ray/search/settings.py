@@ -38,12 +38,35 @@ class ResourceSettings:
     cpus_per_worker: float = setting(1.0, doc="CPUs of a worker", exclusive_minimum=0.0)
     gpus_per_worker: float = setting(0.0, doc="GPUs of a worker; a part of one lets trials share it", minimum=0.0)
     verifiers: int = setting(1, doc="verifier actors", minimum=1)
+    cpus_per_verifier: float = setting(1.0, doc="CPUs of a verifier", exclusive_minimum=0.0)
+    gpus_per_verifier: float = setting(0.0, doc="GPUs of a verifier; a part of one lets several share it", minimum=0.0)
+    cheap_samples: int = setting(
+        50, doc="samples of a verifier's task of attacks, IBP and CROWN, at all levels", minimum=1
+    )
+    dear_samples: int = setting(
+        4, doc="samples of a task of what alpha or branch asks for; few, so that verifiers end together", minimum=1
+    )
+    verify_seconds_per_trial: float = setting(
+        0.0,
+        doc="seconds of verifiers after which a trial gets no dear task and open samples stay UNKNOWN; 0: no limit",
+        minimum=0.0,
+    )
+    verify_seconds_per_study: float = setting(
+        0.0, doc="the same for all trials together, drivers that died included; 0: no limit", minimum=0.0
+    )
+    hang_seconds: float = setting(
+        1800.0,
+        doc="a verifier that works longer on a task, beyond the seconds per sample, is taken for hung and replaced",
+        exclusive_minimum=0.0,
+    )
     execution: str = setting("auto", doc="train: Ray Train; direct: in the trial's actor", choices=EXECUTIONS)
     threads: int = setting(1, doc="torch threads of a worker or verifier", minimum=1)
 
     def __post_init__(self) -> None:
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
-            raise ConfigError("gpus_per_worker", self.gpus_per_worker, "a part of one GPU, or a whole number of them")
+        for key in ("gpus_per_worker", "gpus_per_verifier"):
+            gpus: float = getattr(self, key)
+            if gpus > 1 and not gpus.is_integer():
+                raise ConfigError(key, gpus, "a part of one GPU, or a whole number of them")
         if self.execution == "direct" and self.workers > 1:
             raise ConfigError("execution", self.execution, f"auto or train: direct runs one worker, not {self.workers}")
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import ConfigError
+from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space
@@ -33,47 +34,13 @@ class TrialStart:
     config: RunConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Samples of one level of one trial that are verified together. ``id`` is the key of their results."""
-
-    id: str
-    trial: str
-    level: str
-    indices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What a verifier found: one compact row per sample, and the measures of the level's network.
-
-    ``samples``: [index, label, verdict, correct, lower_bound, decided_by, seconds]; ``measures``: bytes, ideal_bits,
-    macs, or nothing where no verifier survived the chunk.
-    """
-
-    chunk: Chunk
-    samples: list[list[Any]]
-    measures: dict[str, int]
-    seconds: float
-
-
-@dataclass(slots=True)
-class _Verification:
-    """What is still open of a trained trial."""
-
-    open: set[str]
-    train_seconds: float
-    samples: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
-    measures: dict[str, dict[str, int]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 class Study:
     """One study. ``samples`` are the indices into the selection split that every level is verified on.
 
     A new study begins with an ``study`` event; given the records of an earlier driver it goes on: complete, failed and
-    stopped trials are kept, trained ones are only verified, and those that were training are trained again with the
-    same configuration.
+    stopped trials are kept, trained ones are only verified where they have no verdict yet, and those that were training
+    are trained again with the same configuration. ``worth`` is asked whether dear verification of a point can matter;
+    without it every point is verified as far as the settings say.
     """
 
     def __init__(
@@ -83,19 +50,29 @@ class Study:
         records: Records,
         samples: Sequence[int],
         listeners: Sequence[Listener] = (),
+        worth: Worth | None = None,
     ) -> None:
         self.space, self.store, self.listeners = space, store, list(listeners)
         self.sampler = OptunaSampler(space)
         self.sampler.replay(records)
-        size = space.verification.batch_size
-        self.chunks = [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
+        self.worth = worth
+        self.pieces = Pieces(
+            tuple(space.levels),
+            tuple(samples),
+            space.resources.cheap_samples,
+            space.resources.dear_samples,
+            space.verification.bound in DEAR_BOUNDS,
+        )
         self.reference: dict[str, float] = dict(records.study.get("reference_point", {}))
         self.configs: dict[str, RunConfig] = {}
         self.numbers: dict[str, int] = {}
-        self.verifying: dict[str, _Verification] = {}
+        self.verifying: dict[str, Verification] = {}
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
-        self.resumed: list[tuple[str, Path, list[Chunk]]] = []
+        self.earlier: dict[str, TrialRecord] = {}
+        self.waiting: list[str] = []
+        self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
+        self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
         self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
         for trial in records.trials.values():
             self._take_up(trial)
@@ -106,11 +83,26 @@ class Study:
             return
         config = parse(RunConfig, trial.config)
         self.configs[trial.id] = config
-        if trial.status == "running" or not trial.checkpoint or not (self.store.path / trial.checkpoint).is_file():
+        self.earlier[trial.id] = trial
+        if trial.status == "running" or not self._kept(trial):
             self.restart.append(TrialStart(trial.id, trial.number, config))
             return
-        chunks = self._begin_verification(trial.id, trial.train_seconds or 0.0)
-        self.resumed.append((trial.id, self.store.path / trial.checkpoint, chunks))
+        self.verifying[trial.id] = Verification.of(trial, trial.id, self.pieces, trial.train_seconds or 0.0)
+        self.waiting.append(trial.id)
+
+    def _kept(self, trial: TrialRecord) -> bool:
+        """Whether the network that the verdicts are about is still there."""
+        path = self.store.path / (trial.checkpoint or "missing")
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == trial.sha256
+
+    def resume(self) -> list[Chunk]:
+        """What is still to be verified of the trials that an earlier driver had trained. To be called once."""
+        waiting, self.waiting = self.waiting, []
+        return [chunk for trial in waiting for chunk in self._advance(trial)]
+
+    def checkpoint(self, trial: str) -> Path:
+        """The network of a trained trial that is verified."""
+        return self.store.path / "checkpoints" / f"{trial}.safetensors"
 
     # --- what the driver asks
 
@@ -176,68 +168,75 @@ class Study:
             if other != network:
                 self.store.save_checkpoint(f"{trial}.{name}", other)
         path = self.store.save_checkpoint(trial, network)
+        digest = hashlib.sha256(network).hexdigest()
         self._emit(
             {
                 "event": "trained", "trial": trial, "epochs": epochs, "train_seconds": seconds,
-                "checkpoint": path.relative_to(self.store.path).as_posix(),
-                "sha256": hashlib.sha256(network).hexdigest(),
+                "checkpoint": path.relative_to(self.store.path).as_posix(), "sha256": digest,
             }
         )  # fmt: skip
         self.training.discard(trial)
-        return self._begin_verification(trial, seconds)
+        earlier = self.earlier.pop(trial, None)  # the same weights again, whose file was lost: verdicts still hold
+        same = earlier if earlier is not None and earlier.sha256 == digest else None
+        self.verifying[trial] = Verification.of(same, trial, self.pieces, seconds)
+        return self._advance(trial)
 
-    def _begin_verification(self, trial: str, train_seconds: float) -> list[Chunk]:
-        chunks = [
-            Chunk(f"{trial}/{level}/{i}", trial, level, indices)
-            for level in self.space.levels
-            for i, indices in enumerate(self.chunks)
-        ]
-        self.verifying[trial] = _Verification({c.id for c in chunks}, train_seconds)
-        return chunks
+    def verified(self, result: ChunkResult) -> list[Chunk]:
+        """Verdicts of a chunk arrived; a second delivery changes nothing. Returns what has to be verified next."""
+        return self._take(result.chunk, result.levels, {"ledger": result.ledger})
 
-    def verified(self, result: ChunkResult) -> None:
-        """Verdicts of a chunk arrived; a second delivery of the same chunk changes nothing."""
-        chunk = result.chunk
+    def given_up(self, chunk: Chunk, reason: str, labels: Sequence[int]) -> list[Chunk]:
+        """Nobody will verify a chunk: its samples are UNKNOWN for ``reason``. Returns what has to be verified next."""
+        state = self.verifying.get(chunk.trial)
+        return self._take(chunk, state.undecided(chunk, reason, labels), {"ledger": {}}) if state else []
+
+    def lost(self, chunk: Chunk, reason: str, seconds: float) -> None:
+        """A verifier died or hung with a chunk, after so many seconds."""
+        self._emit(
+            {"event": "lost", "trial": chunk.trial, "chunk": chunk.id, "reason": reason, "seconds": seconds}
+        )  # fmt: skip
+
+    def _take(self, chunk: Chunk, levels: Mapping[str, LevelResult], more: Mapping[str, Any]) -> list[Chunk]:
         state = self.verifying.get(chunk.trial)
         if state is None or chunk.id not in state.open:
-            return
+            return []
+        found = {
+            level: {"samples": r.samples, "measures": r.measures, "seconds": r.seconds} for level, r in levels.items()
+        }
         self._emit(
             {
-                "event": "verdicts", "trial": chunk.trial, "level": chunk.level, "split": "selection",
-                "chunk": chunk.id,
-                "samples": result.samples, "measures": result.measures, "seconds": result.seconds,
+                "event": "verdicts", "trial": chunk.trial, "chunk": chunk.id, "stage": chunk.stage,
+                "split": "selection", "levels": found, **more,
             }
         )  # fmt: skip
-        state.open.discard(chunk.id)
-        state.samples.setdefault(chunk.level, {}).update({row[0]: row for row in result.samples})
-        if result.measures:
-            state.measures[chunk.level] = result.measures
-        state.seconds[chunk.level] = state.seconds.get(chunk.level, 0.0) + result.seconds
-        if not state.open:
-            self._complete(chunk.trial, state)
+        state.take(chunk, levels)
+        return [] if state.open else self._advance(chunk.trial)
 
-    def _complete(self, trial: str, state: _Verification) -> None:
-        config = self.configs[trial]
-        if lost := [level for level in self.space.levels if level not in state.measures]:
+    def _advance(self, trial: str) -> list[Chunk]:
+        """The next chunks of a trial of which nothing is open; without any it is complete."""
+        state = self.verifying[trial]
+        chunks = state.next_chunks(self.worth, lambda level: self._point(trial, level, state))
+        if not chunks:
+            self._complete(trial, state)
+        return chunks
+
+    def _complete(self, trial: str, state: Verification) -> None:
+        if lost := state.lost:
             self.failed(trial, f"no verifier survived level {lost[0]}")
             return
-        points = [self._point(trial, config, level, state) for level in self.space.levels]
+        points = [self._point(trial, level, state) for level in self.space.levels]
         metrics = trial_metrics(points, state.train_seconds, self.space.front, self.reference)
         self._emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
         del self.verifying[trial]
         self.finished += 1
         self.sampler.tell(self.numbers[trial], metrics, "completed")
 
-    def _point(self, trial: str, config: RunConfig, level: str, state: _Verification) -> dict[str, Any]:
-        rows = list(state.samples[level].values())
-        count = {verdict: sum(row[2] == verdict for row in rows) for verdict in ("CERTIFIED", "FALSIFIED", "UNKNOWN")}
+    def _point(self, trial: str, level: str, state: Verification) -> dict[str, Any]:
+        config = self.configs[trial]
         return {
             "trial": trial, "level": level, "method": config.method, "seed": config.seed, "split": "selection",
-            "samples": len(rows), "standard_accuracy": sum(bool(row[3]) for row in rows) / len(rows),
-            "n_certified": count["CERTIFIED"], "n_falsified": count["FALSIFIED"], "n_unknown": count["UNKNOWN"],
-            "certified_accuracy": count["CERTIFIED"] / len(rows), **state.measures[level],
-            "train_seconds": state.train_seconds, "verify_seconds": state.seconds[level],
-            "config_hash": config.config_hash,
+            **counts(state.rows[level].values()), **state.measures[level], "train_seconds": state.train_seconds,
+            "verify_seconds": state.seconds[level], "config_hash": config.config_hash,
         }  # fmt: skip
 
     def failed(self, trial: str, error: str, step: int | None = None) -> None:

@@ -32,6 +32,7 @@ from cactus_ray.verification.soundness import (
     proved,
     replays,
 )
+from cactus_ray.verification.timing import book
 from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
 
 __all__ = ["SoundnessError", "VerificationSettings", "verify"]
@@ -148,7 +149,9 @@ class _Work:
         started, self.costs = time.perf_counter(), {}
         for position in halving(stage, positions):
             self.decide(position, Verdict.UNKNOWN, "out_of_memory")
-        rest = time.perf_counter() - started - sum(self.costs.values())
+        seconds = time.perf_counter() - started
+        book(stage.__name__, seconds)
+        rest = seconds - sum(self.costs.values())
         for position in positions:
             self.seconds[position] += rest / len(positions) + self.costs.get(position, 0.0)
             if 0 < self.settings.seconds_per_sample <= self.seconds[position]:

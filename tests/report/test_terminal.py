@@ -44,10 +44,16 @@ def test_front_table_shows_the_front_and_nothing_else(run: Path) -> None:
 
 def test_status_table_names_the_reason_as_it_was(run: Path) -> None:
     where = console()
-    where.print(status_table(small_space(), read_records(run)))
+    where.print(status_table(read_records(run)))
     text = printed(where)
     assert "[red]not markup[/red] </b>" in text
     assert text.count("completed") == 4
+
+
+def test_the_status_says_where_the_verifiers_seconds_went(run: Path) -> None:
+    where = console()
+    print_status(where, run, read_records(run), as_json=False)
+    assert "verifiers: attack 3.6 s, ibp 2.0 s, overhead 0.4 s" in printed(where)
 
 
 def test_tables_are_readable_in_a_narrow_terminal(run: Path) -> None:
@@ -70,10 +76,13 @@ def test_front_as_json(run: Path) -> None:
 def test_status_as_json(run: Path) -> None:
     where = console()
     print_status(where, run, read_records(run), as_json=True)
-    trials = {row["trial"]: row for row in json.loads(printed(where))["records"]}
+    found = json.loads(printed(where))
+    assert found["verifier_seconds"] == pytest.approx({"attack": 3.6, "ibp": 2.0, "overhead": 0.4})
+    trials = {row["trial"]: row for row in found["records"]}
     assert trials["t0002"]["error"].startswith("[red]")
     assert trials["t0002"]["metrics"] == {}
-    assert trials["t0001"]["levels_verified"] == 3
+    assert (trials["t0001"]["levels_verified"], trials["t0001"]["verdicts"]) == (3, 300)
+    assert trials["t0001"]["verifier_seconds"] == {"attack": 0.9, "ibp": 0.5, "overhead": 0.1}
 
 
 def test_front_of_an_empty_run(tmp_path: Path) -> None:

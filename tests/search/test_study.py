@@ -4,49 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from course import SPACE, begin, result, resume, started
 
 from cactus_ray.search.space import Space, parse_space
-from cactus_ray.search.store import Records, RunStore, read_records, with_front
-from cactus_ray.search.study import Chunk, ChunkResult, Study, TrialStart
-
-SPACE = {
-    "name": "course",
-    "data": {"name": "digits"},
-    "model": {"name": "mlp"},
-    "threat": {"epsilon": 0.1},
-    "levels": ["dense", "int8"],
-    "parameters": {"learning_rate": {"min": 0.001, "max": 0.01}},
-    "search": {"trials": 3, "sampler": "random"},
-    "verification": {"batch_size": 2},
-}
-MEASURES = {"bytes": 1000, "ideal_bits": 8000, "macs": 500}
-REFERENCE = {"certified_accuracy": 0.0, "bytes": 2000.0, "standard_accuracy": 0.0}
+from cactus_ray.search.store import read_records, with_front
+from cactus_ray.search.study import Study
 
 
 @pytest.fixture
 def space() -> Space:
     return parse_space(SPACE, "course.yaml")
-
-
-def begin(space: Space, run: Path) -> Study:
-    study = Study(space, RunStore(run), Records(), [0, 1, 2])
-    study.begin({"name": "course", "seed": 0}, REFERENCE)
-    return study
-
-
-def resume(space: Space, run: Path) -> Study:
-    return Study(space, RunStore(run), read_records(run), [0, 1, 2])
-
-
-def started(study: Study) -> TrialStart:
-    found = study.next_trial()
-    assert found is not None
-    return found
-
-
-def result(chunk: Chunk, verdict: str = "CERTIFIED", measures: dict[str, int] = MEASURES) -> ChunkResult:
-    rows: list[list[Any]] = [[i, 0, verdict, True, 0.5, "ibp", 0.01] for i in chunk.indices]
-    return ChunkResult(chunk, rows, measures, 0.1)
 
 
 def complete(study: Study) -> str:
@@ -56,21 +23,24 @@ def complete(study: Study) -> str:
     return trial
 
 
-def test_a_trial_is_complete_when_every_chunk_of_every_level_is_verified(space: Space, tmp_path: Path) -> None:
+def test_a_trial_is_complete_when_every_chunk_is_verified(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     trial = started(study).id
-    chunks = study.trained(trial, {"last": b"network"}, "last", 1, 2.0)
-    assert [c.id for c in chunks] == [f"{trial}/{level}/{i}" for level in ("dense", "int8") for i in (0, 1)]
-    for chunk in chunks[:-1]:
-        study.verified(result(chunk))
+    first, last = study.trained(trial, {"last": b"network"}, "last", 1, 2.0)
+    assert (first.indices, last.indices) == ((0, 1), (2,))
+    assert (first.stage, first.levels) == ("cheap", ("dense", "int8"))
+    study.verified(result(first))
     assert read_records(tmp_path).trials[trial].status == "trained"
-    study.verified(result(chunks[-1], "UNKNOWN"))
+    mixed = result(last)
+    mixed.levels["int8"].samples[0] = [2, 0, "UNKNOWN", True, -0.5, "bounds", 0.01]
+    assert study.verified(mixed) == []
     record = read_records(tmp_path).trials[trial]
     assert record.status == "completed"
     by_level = {p["level"]: p for p in record.points}
     assert (by_level["dense"]["n_certified"], by_level["int8"]["n_certified"]) == (3, 2)
     assert by_level["int8"]["n_unknown"] == 1
     assert by_level["int8"]["certified_accuracy"] == pytest.approx(2 / 3)
+    assert by_level["int8"]["verify_seconds"] == pytest.approx(0.2)
     assert record.metrics["certified_accuracy@int8"] == pytest.approx(2 / 3)
 
 
@@ -117,15 +87,16 @@ def test_a_trial_that_failed_during_verification_never_reaches_the_front(space: 
     assert read_records(tmp_path).points() == []
 
 
-def test_a_level_whose_verifiers_all_died_fails_the_trial(space: Space, tmp_path: Path) -> None:
+def test_a_network_whose_verifiers_all_died_fails_the_trial(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     trial = started(study).id
-    for chunk in study.trained(trial, {"last": b"network"}, "last", 1, 2.0):
-        measures = MEASURES if chunk.level == "dense" else {}
-        study.verified(result(chunk, "UNKNOWN" if not measures else "CERTIFIED", measures))
+    chunks = study.trained(trial, {"last": b"network"}, "last", 1, 2.0)
+    for chunk in chunks:
+        assert study.given_up(chunk, "verifier_died", [0] * len(chunk.indices)) == []
     record = read_records(tmp_path).trials[trial]
     assert (record.status, record.points) == ("failed", [])
-    assert "int8" in str(record.error)
+    assert "no verifier survived level dense" in str(record.error)
+    assert record.verdicts["int8"][2][5] == "verifier_died"
 
 
 def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_path: Path) -> None:
@@ -138,8 +109,9 @@ def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_pa
 
     second = resume(space, tmp_path)  # nothing was told to the first one: as after SIGKILL
     assert read_records(tmp_path).points() == points
-    ((trial, path, chunks),) = second.resumed
-    assert (trial, path.read_bytes()) == (waiting, b"network")
+    chunks = second.resume()
+    assert {c.trial for c in chunks} == {waiting}
+    assert second.checkpoint(waiting).read_bytes() == b"network"
     again = started(second)
     assert (again.id, again.config) == (training.id, training.config)
     for chunk in chunks:

@@ -1,0 +1,133 @@
+"""The desk: a thread of the driver that takes the mail of trainers and the verdicts of verifiers into the records."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+from typing import Any
+
+import ray
+
+from cactus_ray.cluster.broker import Cut, Job, Lost
+from cactus_ray.cluster.mailbox import Message
+from cactus_ray.cluster.resources import Plan
+from cactus_ray.cluster.verifier import ChunkFailure, labels_of
+from cactus_ray.cluster.verifier_pool import Outcome, VerifierPool
+from cactus_ray.errors import RunFailedError
+from cactus_ray.search.chunks import Chunk
+from cactus_ray.search.study import Study
+
+POLL_SECONDS = 0.05
+
+
+class Desk:
+    """Keeps the study's state in step with what trainers and verifiers send. All access is under one lock."""
+
+    def __init__(self, study: Study, shares: Plan, pool: VerifierPool, mailbox: Any) -> None:
+        self.study, self.shares, self.pool, self.mailbox = study, shares, pool, mailbox
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.error: BaseException | None = None
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
+
+    def start(self) -> None:
+        self._offer(self.study.resume())
+        self.thread.start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self.thread.join(timeout=30)
+
+    def _run(self) -> None:
+        try:
+            while not self.closing.is_set():
+                self.take_mail()
+                for found in self.pool.poll(POLL_SECONDS):
+                    self._judge(found)
+        except BaseException as error:  # the main thread must learn of it, whatever it is
+            with self.changed:
+                self.error = error
+                self.changed.notify_all()
+            _thread.interrupt_main()  # Tune would wait for the trials that train, for hours perhaps
+
+    def take_mail(self) -> None:
+        """Handle every message that the trainers have sent so far."""
+        with self.changed:
+            messages: list[Message] = ray.get(self.mailbox.take.remote())
+            for kind, trial, content in messages:
+                if kind == "epoch":
+                    self.study.epoch(trial, **content)
+                elif kind == "trained":
+                    self._offer(self.study.trained(trial, **content))
+                else:
+                    self.study.failed(trial, **content)
+            if messages:
+                self.changed.notify_all()
+
+    def _offer(self, chunks: list[Chunk]) -> None:
+        """Queue chunks, each trial's for itself."""
+        for trial in dict.fromkeys(chunk.trial for chunk in chunks):
+            mine = [chunk for chunk in chunks if chunk.trial == trial]
+            size = self.study.checkpoint(trial).stat().st_size
+            self.pool.submit(Job(trial, self.study.numbers[trial], size, mine))
+
+    def _judge(self, found: Outcome) -> None:
+        with self.changed:
+            if isinstance(found, ChunkFailure):
+                self._refuse(found)
+            elif isinstance(found, Lost):
+                self.study.lost(found.chunk, found.reason, found.seconds)
+                if found.over:
+                    self._give_up(found.chunk, found.reason)
+            elif isinstance(found, Cut):
+                self._give_up(found.chunk, found.reason)
+            else:
+                self._offer(self.study.verified(found))
+            self.changed.notify_all()
+
+    def _give_up(self, chunk: Chunk, reason: str) -> None:
+        labels = labels_of(self.study.space.data, chunk.indices)
+        self._offer(self.study.given_up(chunk, reason, labels))
+
+    def _refuse(self, found: ChunkFailure) -> None:
+        chunk = found.chunk
+        if found.unsound:
+            raise RunFailedError(
+                f"trial {chunk.trial}, levels {', '.join(chunk.levels)}: {found.error}; no verdict of this study can "
+                "be trusted"
+            )
+        self.pool.drop(chunk.trial)
+        if chunk.trial in self.study.verifying:
+            self.study.failed(chunk.trial, found.error)
+
+    # --- what Tune's thread asks
+
+    def next_configuration(self, wait: float) -> dict[str, Any] | str | None:
+        """A configuration for Tune, "finished", or None if there is none now (after waiting for one for ``wait`` s)."""
+        deadline = time.monotonic() + wait
+        with self.changed:
+            while True:
+                if self.error is not None or self.study.done:
+                    return "finished"
+                shares = self.shares
+                free = len(self.study.training) < shares.training and self.study.in_flight < shares.in_flight
+                free = free and not self.pool.broker.full
+                start = self.study.next_trial() if free else None
+                if start is not None:
+                    return {"trial": start.id, "run": start.config.to_dict()}
+                left = deadline - time.monotonic()
+                if left <= 0 or self.study.training:
+                    return None
+                self.changed.wait(left)
+
+    def trainer_ended(self, trial: str, error: bool) -> None:
+        """Tune says that a trial's function ended; one that died without mail has failed."""
+        if not error:
+            return
+        self.take_mail()
+        with self.changed:
+            if trial in self.study.training:
+                self.study.failed(trial, "the training process died (killed, or out of memory)")
+                self.changed.notify_all()
