@@ -118,7 +118,6 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
 def _pool(study: Study, shares: Plan) -> VerifierPool:
     """The verifiers, and a broker that goes on where the records of an earlier driver end."""
     space, r = study.space, study.space.resources
-    device = "cuda" if r.gpus_per_verifier > 0 else "cpu"
     default = DEFAULT_SECONDS if space.verification.bound == "branch" else 0.0
     limits = Limits(
         hang_seconds=r.hang_seconds,
@@ -127,7 +126,7 @@ def _pool(study: Study, shares: Plan) -> VerifierPool:
         study_seconds=r.verify_seconds_per_study,
     )
     broker = Broker(limits, [f"verifier-{i}" for i in range(shares.verifiers)], study.spent, study.losses)
-    context = VerifierContext(space.data, space.threat, space.verification, r.threads, device)
+    context = VerifierContext(space.data, space.threat, space.verification, r.threads, r.gpus_per_verifier > 0)
     return VerifierPool(context, broker, shares.verifier_resources, lambda trial: study.checkpoint(trial).read_bytes())
 
 

@@ -27,13 +27,13 @@ CACHED_NETWORKS, CACHED_LEVELS = 4, 32
 
 @dataclass(frozen=True, slots=True)
 class VerifierContext:
-    """What every chunk of a study shares. ``device``: cuda where the verifier has (a part of) a GPU."""
+    """What every chunk of a study shares. ``gpu``: whether verifiers were given (a part of) a GPU."""
 
     data: DataConfig
     threat: ThreatConfig
     settings: VerificationSettings
     threads: int
-    device: str = "cpu"
+    gpu: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Verifier:
     def __init__(self, context: VerifierContext) -> None:
         torch.set_num_threads(context.threads)
         self.context = context
+        self.device = "cuda" if context.gpu and torch.cuda.is_available() else "cpu"
         self.images, self.labels = load(context.data, ("selection",)).split("selection")
         self.networks: OrderedDict[str, Network] = OrderedDict()
         self.levels: OrderedDict[tuple[str, str], LevelNetwork] = OrderedDict()
@@ -93,7 +94,7 @@ class Verifier:
         levels = {level: self._level(chunk, level, network) for level in chunk.levels}
         indices = torch.tensor(chunk.indices)
         models = {
-            name: LevelModel(level.graph, {key: p.to(context.device) for key, p in level.params.items()})
+            name: LevelModel(level.graph, {key: p.to(self.device) for key, p in level.params.items()})
             for name, level in levels.items()
         }
         with stage_seconds() as ledger:

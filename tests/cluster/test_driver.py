@@ -1,54 +1,26 @@
-"""Studies on a small real Ray: both ways to train, verifiers that die, trials that fail, networks without a bound."""
+"""Studies on a small real Ray: both ways to train, trials that fail, certificates that are false."""
 
 import os
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
+from tiny_study import REFERENCE, SPACE, run, space
 
-from cactus_ray.cluster import connect
 from cactus_ray.cluster.driver import DriverOptions, run_study
-from cactus_ray.cluster.verifier_pool import ChunkFailure, VerifierContext, VerifierPool
+from cactus_ray.cluster.verifier import ChunkFailure
+from cactus_ray.cluster.verifier_pool import Outcome, VerifierPool
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
 from cactus_ray.errors import RunFailedError
 from cactus_ray.models.network import load as load_network
-from cactus_ray.models.network import pack
-from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, with_front
-from cactus_ray.search.study import Chunk, ChunkResult, Study
+from cactus_ray.search.study import Study
 from cactus_ray.training.loop import train
 
 pytestmark = pytest.mark.ray
-
-SPACE: dict[str, Any] = {
-    "name": "tiny",
-    "data": {"name": "digits", "train_samples": 256},
-    "model": {"name": "mlp", "hidden": [16]},
-    "threat": {"epsilon": 0.02},
-    "levels": ["dense", "int8"],
-    "train": {"epochs": 2, "batch_size": 64},
-    "parameters": {"method": {"value": "cactus"}, "learning_rate": {"min": 0.001, "max": 0.01}},
-    "search": {"trials": 1, "concurrency": 1},
-    "verification": {"samples": 40, "attack_steps": 5, "batch_size": 10},
-}
-REFERENCE = {"certified_accuracy": 0.0, "bytes": 1e5, "standard_accuracy": 0.0}
-
-
-def space(**changes: Any) -> Space:
-    return parse_space({**SPACE, **changes}, "tiny.yaml")
-
-
-def run(tiny: Space, folder: Path) -> Records:
-    study = Study(tiny, RunStore(folder), Records(), list(range(40)))
-    study.begin({"name": "tiny", "seed": 0}, REFERENCE)
-    run_study(study, DriverOptions(cpus=4))
-    return read_records(folder)
 
 
 def test_direct_and_ray_train_give_the_same_weights_as_a_plain_call(tmp_path: Path) -> None:
@@ -112,11 +84,10 @@ def test_a_falsified_certificate_ends_the_study(tmp_path: Path, monkeypatch: pyt
     study = Study(space(), RunStore(tmp_path), Records(), list(range(40)))
     study.begin({"name": "tiny", "seed": 0}, REFERENCE)
 
-    def unsound(self: VerifierPool, timeout: float) -> list[ChunkResult | ChunkFailure]:
+    def unsound(self: VerifierPool, timeout: float) -> list[Outcome]:
         time.sleep(timeout)
-        if not self.queue:
-            return []
-        return [ChunkFailure(self.queue.popleft().chunk, "unsound ibp bound of sample 3", unsound=True)]
+        starts, _ = self.broker.assign(0.0)
+        return [ChunkFailure(start.chunk, "unsound ibp bound of sample 3", True, 0.1) for start in starts]
 
     monkeypatch.setattr(VerifierPool, "poll", unsound)
     with pytest.raises(RunFailedError, match=r"t0001.*sample 3.*trusted"):
@@ -125,73 +96,3 @@ def test_a_falsified_certificate_ends_the_study(tmp_path: Path, monkeypatch: pyt
     assert records.finished is not None
     assert records.finished["status"] == "failed"
     assert records.points() == []
-
-
-@pytest.fixture
-def small_ray() -> Iterator[None]:
-    with connect.connected(None, cpus=2):
-        yield
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[Space, bytes]:
-    tiny = space()
-    config = tiny.configuration({"learning_rate": 0.005}, 1)
-    return tiny, pack(train(config, load(config.data, ("train", "selection")), report=lambda epoch: True).network)
-
-
-def make_pool(tiny: Space, count: int) -> VerifierPool:
-    return VerifierPool(VerifierContext(tiny.data, tiny.threat, tiny.verification, 1), count, {"CPU": 1.0})
-
-
-def drain(pool: VerifierPool, wanted: int, seconds: float = 90.0) -> list[ChunkResult | ChunkFailure]:
-    found: list[ChunkResult | ChunkFailure] = []
-    deadline = time.monotonic() + seconds
-    while len(found) < wanted and time.monotonic() < deadline:
-        found += pool.poll(0.05)
-    return found
-
-
-@pytest.mark.usefixtures("small_ray")
-def test_a_killed_verifier_loses_nothing(trained: tuple[Space, bytes]) -> None:
-    tiny, network = trained
-    pool = make_pool(tiny, 2)
-    chunks = [Chunk(f"t/dense/{i}", "t", "dense", tuple(range(10 * i, 10 * i + 10))) for i in range(4)]
-    victim = ray.get(pool.idle[-1].pid.remote())  # the last is handed the first chunk
-    pool.submit(chunks, network)
-    found = pool.poll(0.0)
-    os.kill(victim, signal.SIGKILL)
-    found += drain(pool, 4 - len(found))
-    assert sorted(f.chunk.id for f in found) == [c.id for c in chunks]
-    assert all(isinstance(f, ChunkResult) and len(f.samples) == 10 and f.measures["bytes"] > 0 for f in found)
-    pool.close()
-
-
-@pytest.mark.usefixtures("small_ray")
-def test_a_chunk_that_kills_every_verifier_ends_unknown(
-    trained: tuple[Space, bytes],
-) -> None:
-    tiny, network = trained
-    pool = make_pool(tiny, 1)
-    pool.chunk_seconds = 0.0  # every chunk counts as hung at once
-    pool.submit([Chunk("t/dense/0", "t", "dense", (3, 4))], network)
-    (found,) = drain(pool, 1)
-    assert isinstance(found, ChunkResult)
-    assert [(row[0], row[2], row[5]) for row in found.samples] == [
-        (3, "UNKNOWN", "verifier_hung"),
-        (4, "UNKNOWN", "verifier_hung"),
-    ]
-    assert found.measures == {}
-    pool.close()
-
-
-@pytest.mark.usefixtures("small_ray")
-def test_a_level_that_does_not_fit_is_reported_and_the_verifier_lives_on(trained: tuple[Space, bytes]) -> None:
-    tiny, network = trained
-    pool = make_pool(tiny, 1)
-    pool.submit([Chunk("t/nonsense/0", "t", "nonsense", (0,)), Chunk("t/int8/0", "t", "int8", (0,))], network)
-    failure, good = drain(pool, 2)
-    assert isinstance(failure, ChunkFailure)
-    assert "nonsense" in str(failure.error)
-    assert isinstance(good, ChunkResult)
-    pool.close()

@@ -42,11 +42,38 @@ def test_gpus_limit_how_many_train() -> None:
 
 
 @pytest.mark.parametrize(
+    ("verifiers", "part", "per_worker", "gpus", "training"),
+    [
+        (2, 0.25, 0.5, 1.0, 1),  # half a GPU is left for one trial
+        (4, 0.25, 0.0, 1.0, 60),  # trials need none
+        (3, 0.25, 0.5, 2.0, 2),  # a quarter beside the verifiers is no half, nor has it to be
+        (1, 0.1, 1.0, 2.0, 1),  # no trial on the GPU that a verifier shares
+        (1, 1.0, 0.25, 2.0, 4),
+        (10, 0.1, 0.5, 2.0, 2),  # ten tenths are one
+    ],
+)
+def test_verifiers_share_gpus_in_parts(
+    verifiers: int, part: float, per_worker: float, gpus: float, training: int
+) -> None:
+    resources = {"verifiers": verifiers, "gpus_per_verifier": part, "gpus_per_worker": per_worker}
+    shares = plan(space(resources), {"CPU": 60.0 + verifiers, "GPU": gpus})
+    assert shares.training == training
+    assert shares.verifier_resources == {"CPU": 1.0, "GPU": part}
+
+
+def test_verifiers_may_have_a_part_of_a_cpu() -> None:
+    shares = plan(space({"verifiers": 4, "cpus_per_verifier": 0.25}), {"CPU": 2.0})
+    assert (shares.training, shares.verifiers, shares.verifier_resources["CPU"]) == (1, 4, 0.25)
+
+
+@pytest.mark.parametrize(
     ("resources", "available", "named"),
     [
         ({"workers": 4, "verifiers": 1}, {"CPU": 4.0}, "4 CPU"),
         ({"verifiers": 2}, {"CPU": 2.0}, "2 verifier"),
         ({"gpus_per_worker": 1}, {"CPU": 8.0}, "0 GPU"),
+        ({"gpus_per_verifier": 0.6, "verifiers": 2}, {"CPU": 8.0, "GPU": 1.0}, "0.6 GPU, but the cluster has 8 CPU"),
+        ({"gpus_per_verifier": 0.4, "gpus_per_worker": 0.7}, {"CPU": 8.0, "GPU": 1.0}, "0.7 GPU beside"),
     ],
 )
 def test_what_can_never_fit_is_refused_with_the_numbers(

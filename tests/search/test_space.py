@@ -320,6 +320,8 @@ BAD_KEYS = [
     ({"resources": {"workers": 0}}, "resources.workers", "0", "[1"),
     ({"resources": {"gpus_per_worker": -1}}, "resources.gpus_per_worker", "-1", "[0.0"),
     ({"resources": {"gpus_per_worker": 1.5}}, "resources.gpus_per_worker", "1.5", "whole number"),
+    ({"resources": {"gpus_per_verifier": 2.5}}, "resources.gpus_per_verifier", "2.5", "whole number"),
+    ({"resources": {"verify_seconds_per_trial": -1}}, "resources.verify_seconds_per_trial", "-1", "[0.0"),
     ({"resources": {"execution": "direct", "workers": 2}}, "resources.execution", "'direct'", "one worker"),
     ({"resources": {"execution": "ray"}}, "resources.execution", "'ray'", "direct"),
     ({"wandb": {"mode": False}}, "wandb.mode", "False", "disabled"),

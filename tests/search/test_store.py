@@ -83,6 +83,46 @@ def test_a_trial_is_read_back_as_it_went(store: RunStore) -> None:
     assert records.finished["status"] == "completed"
 
 
+def staged(stage: str, indices: list[int], verdict: str, by: str, **more: Any) -> dict[str, Any]:
+    rows = [[i, 3, verdict, True, 0.5, by, 0.01] for i in indices]
+    levels = {level: {"samples": rows, "measures": {"bytes": 5}, "seconds": 0.5} for level in ("dense", "int8")}
+    chunk = f"t0001/{stage}/{indices[0]}"
+    return {"event": "verdicts", "trial": "t0001", "chunk": chunk, "stage": stage, "levels": levels, **more}
+
+
+def test_stages_losses_and_the_ledger_are_read_back(store: RunStore) -> None:
+    store.append(started(1))
+    store.append(staged("cheap", [0, 1], "UNKNOWN", "bounds", ledger={"attack": 0.75, "ibp": 0.25}))
+    store.append({"event": "lost", "trial": "t0001", "chunk": "c", "reason": "verifier_died", "seconds": 2.0})
+    store.append({"event": "lost", "trial": "t0001", "chunk": "c", "reason": "verifier_hung", "seconds": 3.0})
+    store.append(staged("dear", [1], "CERTIFIED", "branch", ledger={"branch": 1.0}))
+    records = read_records(store.path)
+    trial = records.trials["t0001"]
+    assert {level: [row[2] for row in rows.values()] for level, rows in trial.verdicts.items()} == {
+        "dense": ["UNKNOWN", "CERTIFIED"], "int8": ["UNKNOWN", "CERTIFIED"],
+    }  # fmt: skip
+    assert (trial.dear, trial.losses) == ({"dense": {1}, "int8": {1}}, {"c": 2})
+    assert (trial.measures["int8"], trial.verify_seconds) == ({"bytes": 5}, {"dense": 1.0, "int8": 1.0})
+    assert records.ledger() == {"attack": 0.75, "ibp": 0.25, "lost": 5.0, "branch": 1.0}
+
+
+def test_verdicts_of_one_level_as_they_were_once_written_are_the_last_word(store: RunStore) -> None:
+    store.append(started(1))
+    store.append({**verdicts("t0001", [0, 1], "UNKNOWN"), "measures": {"bytes": 5}, "seconds": 0.5})
+    trial = read_records(store.path).trials["t0001"]
+    assert trial.dear == {"dense": {0, 1}}
+    assert (trial.measures, trial.verify_seconds) == ({"dense": {"bytes": 5}}, {"dense": 0.5})
+    assert trial.ledger == {"verification": 0.5}
+
+
+@pytest.mark.parametrize("levels", [None, [], {"dense": 3}, {"dense": {"samples": 4}}])
+def test_verdicts_that_make_no_sense_are_damage(store: RunStore, levels: Any) -> None:
+    store.append(started(1))
+    store.append({"event": "verdicts", "trial": "t0001", "stage": "cheap", "levels": levels})
+    records = read_records(store.path)
+    assert (records.damaged_lines, records.trials["t0001"].verdicts) == (1, {})
+
+
 def test_verdicts_of_a_network_that_was_trained_anew_are_dropped(store: RunStore) -> None:
     store.append(started(1))
     trained = {"event": "trained", "trial": "t0001", "epochs": 2, "train_seconds": 3.5, "checkpoint": "c"}
