@@ -95,6 +95,7 @@ class Broker:
         self.running: dict[str, tuple[Job, Chunk, float]] = {}
         self.inside: Counter[str] = Counter()
         self.sizes: dict[str, int] = {}
+        self.dropped: set[str] = set()
         self._order = count()
 
     # --- what comes in
@@ -106,7 +107,8 @@ class Broker:
             self._admit()
 
     def drop(self, trial: str) -> None:
-        """Forget what waits of a trial. What runs runs on, and nobody will ask for it."""
+        """Forget what waits of a trial, for good. What runs runs on, is not tried again, and nobody will ask for it."""
+        self.dropped.add(trial)
         self._leave(trial, sum(job.trial == trial for _, job, _ in self.heap))
         self.heap = [entry for entry in self.heap if entry[1].trial != trial]
         self.parked = [entry for entry in self.parked if entry[1].trial != trial]
@@ -148,7 +150,7 @@ class Broker:
         """The verifier in ``slot`` died or was ended; a new one is in its place."""
         job, chunk, since = self.running.pop(slot)
         self.losses[chunk.id] += 1
-        over = self.losses[chunk.id] >= self.limits.attempts
+        over = self.losses[chunk.id] >= self.limits.attempts or chunk.trial in self.dropped
         if not over:
             self.tried.setdefault(chunk.id, set()).add(slot)
             self._enter(job, chunk)

@@ -6,6 +6,7 @@ theirs starts, and leave it with their last chunk; the file in ``checkpoints/`` 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,13 +23,14 @@ Outcome = ChunkResult | ChunkFailure | Lost | Cut
 class VerifierPool:
     """One verifier actor for every slot of the broker. Made and used by the driver alone.
 
-    ``read``: the bytes of a trial's network.
+    ``read``: the bytes of a trial's network. ``poll`` belongs to one thread; any may submit and drop.
     """
 
     def __init__(
         self, context: VerifierContext, broker: Broker, resources: Mapping[str, float], read: Callable[[str], bytes]
     ) -> None:
         self.context, self.broker, self.resources, self.read = context, broker, dict(resources), read
+        self.lock = threading.Lock()
         self.networks: dict[str, ray.ObjectRef] = {}
         self.futures: dict[ray.ObjectRef, str] = {}
         self.actors = {slot: self._start() for slot in broker.slots}
@@ -39,18 +41,22 @@ class VerifierPool:
 
     def submit(self, job: Job) -> None:
         """Queue the chunks of one trained network."""
-        self.broker.offer(job)
+        with self.lock:
+            self.broker.offer(job)
 
     def drop(self, trial: str) -> None:
         """Forget the chunks of a trial that still wait."""
-        self.broker.drop(trial)
+        with self.lock:
+            self.broker.drop(trial)
 
     def poll(self, timeout: float) -> list[Outcome]:
         """Hand out what waits, wait at most ``timeout`` seconds, and return what has happened."""
-        starts, cuts = self.broker.assign(time.monotonic())
+        with self.lock:
+            starts, cuts = self.broker.assign(time.monotonic())
+            needed = self.broker.networks
         for start in starts:
             self._send(start)
-        self.networks = {t: reference for t, reference in self.networks.items() if t in self.broker.networks}
+        self.networks = {trial: reference for trial, reference in self.networks.items() if trial in needed}
         if not self.futures:
             if not cuts:
                 time.sleep(timeout)
@@ -72,12 +78,14 @@ class VerifierPool:
         except ray.exceptions.RayError:  # a dead actor, a lost node, an object that is gone
             return self._lost(self.futures[future], "verifier_died")
         slot = self.futures.pop(future)
-        self.broker.done(slot, result.seconds)
+        with self.lock:
+            self.broker.done(slot, result.seconds)
         return result
 
     def _lost(self, slot: str, reason: str) -> Lost:
         self.futures = {future: other for future, other in self.futures.items() if other != slot}
-        lost = self.broker.lost(slot, reason, time.monotonic())
+        with self.lock:
+            lost = self.broker.lost(slot, reason, time.monotonic())
         self.networks.pop(lost.chunk.trial, None)  # it may have been on the lost node
         ray.kill(self.actors[slot])
         self.actors[slot] = self._start()

@@ -120,6 +120,16 @@ def test_a_trial_that_is_dropped_leaves_nothing_behind() -> None:
     assert (made.heap, made.parked, made.networks, dict(made.inside)) == ([], [], frozenset(), {})
 
 
+def test_a_dropped_trials_chunk_is_not_tried_again() -> None:
+    made = broker()
+    made.offer(job(1))
+    made.assign(0.0)
+    made.drop("t1")
+    assert made.networks == {"t1"}
+    assert made.lost("v0", "verifier_died", 1.0).over
+    assert (made.heap, made.networks) == ([], frozenset())
+
+
 def test_bounds_hold_and_every_chunk_comes_once_whatever_happens() -> None:
     """A thousand random steps: the heap and the networks stay within their bounds, and nothing is lost."""
     dice = random.Random(0)
