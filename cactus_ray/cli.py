@@ -55,6 +55,22 @@ Bound = Annotated[
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Use a fixed random subset of this many samples.")
 ]
+FamilyFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--family", help="Certify every rounding of the weights to this format at once: int8, int6, int4, int3, ternary."
+    ),
+]
+FamilyRadius = Annotated[
+    str,
+    typer.Option(help="half: rounding to nearest, and any noise of half a step; one: also rounding down, up, stochastic."),
+]
+FamilyZeros = Annotated[
+    str | None,
+    typer.Option(
+        help="Whether weights that are exactly 0 stay 0 in the family: fixed (default where a level prunes) or free."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -212,6 +228,9 @@ def verify(
         Path | None, typer.Option(help="Decide this VNN-LIB specification (.vnnlib or .vnnlib.gz) of an ONNX file.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for --vnnlib.")] = 60.0,
+    family: FamilyFormat = None,
+    family_radius: FamilyRadius = "half",
+    family_zeros: FamilyZeros = None,
     to: Annotated[
         Path | None,
         typer.Option("--out", help="File for the result of --vnnlib, or for results per sample (.jsonl; resumable)."),
@@ -224,17 +243,19 @@ def verify(
 
         data_options = {
             "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
-            "--radius": radius or None, "--bound": bound,
+            "--radius": radius or None, "--bound": bound, "--family": family,
         }  # fmt: skip
         if given := [name for name, value in data_options.items() if value is not None]:
             raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
         verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
         return
+    from cactus_ray.commands.single import FamilyOptions
     from cactus_ray.commands.single import verify as run_verify
 
     run_verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
         bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
+        family=None if family is None else FamilyOptions(family, family_radius, family_zeros),
     )  # fmt: skip
 
 
