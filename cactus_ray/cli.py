@@ -58,12 +58,15 @@ Samples = Annotated[
 FamilyFormat = Annotated[
     str | None,
     typer.Option(
-        "--family", help="Certify every rounding of the weights to this format at once: int8, int6, int4, int3, ternary."
+        "--family",
+        help="Certify every rounding of the weights to this format at once: int8, int6, int4, int3, ternary.",
     ),
 ]
 FamilyRadius = Annotated[
     str,
-    typer.Option(help="half: rounding to nearest, and any noise of half a step; one: also rounding down, up, stochastic."),
+    typer.Option(
+        help="half: rounding to nearest, and any noise of half a step; one: also rounding down, up, stochastic."
+    ),
 ]
 FamilyZeros = Annotated[
     str | None,
@@ -249,7 +252,7 @@ def verify(
             raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
         verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
         return
-    from cactus_ray.commands.single import FamilyOptions
+    from cactus_ray.commands.families import FamilyOptions
     from cactus_ray.commands.single import verify as run_verify
 
     run_verify(

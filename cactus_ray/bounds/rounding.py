@@ -29,11 +29,11 @@ rounded). Relaxations pay for their own rounding (``relaxation.py``).
 such a chain are charged with one m, the sum of theirs; then the charge of the chain, ``gamma_m`` times the absolute
 values of its terms, covers every way of computing it in at most m roundings per term.
 
-*Families.* With radii R, bounds hold for every network whose weights are ``W + D``, ``|D| <= R``, biases unchanged: such
-a member computes ``y_k = W x + b + D x + d_k`` with ``|D x| <= R |x|_max`` and ``|d_k| <= gamma_m(u) ((|W| + R) |x|_max +
-|b|)``, so a node costs R |x|_max more, and its S_k is that of ``|W| + R``. |x|_max is taken over the box of the inputs as
-any member computes them, because every box before was widened by the same charge. That sum is rounded by at most g times
-itself and is multiplied by ``1 + k``, which is more.
+*Families.* With radii R, bounds hold for every network whose weights are ``W + D``, ``|D| <= R``, biases unchanged:
+such a member computes ``y_k = W x + b + D x + d_k`` with ``|D x| <= R |x|_max`` and
+``|d_k| <= gamma_m(u) ((|W| + R) |x|_max + |b|)``, so a node costs ``R |x|_max`` more, and its S_k is that of
+``|W| + R``. |x|_max is taken over the box of the inputs as any member computes them: every box before was widened by
+the same charge. That sum is rounded by at most g times itself and is multiplied by ``1 + k``, which is more.
 
 *Range.* Overflow is excluded: where ``max S_k`` is not below 2^126 the charge is infinite and nothing is proved.
 Underflow, also where results or operands are flushed to zero, is charged by absolute terms.
@@ -117,7 +117,8 @@ class Rounding:
             # the charge is itself computed: its factors are rounded, each product and sum by at most gamma(terms)
             relative = (gamma(counts[node.name], deployed) + inner) * (1 + inner)
             smallest = 2.0**-126 if deployed else own.tiny
-            nodes[node.name] = _constants(node, largest, len(shapes[node.name]), (relative, inner, 4 * terms * smallest))
+            factors = relative, inner, 4 * terms * smallest
+            nodes[node.name] = _constants(node, largest, len(shapes[node.name]), factors)
         shared = frozenset(
             n.name
             for n in graph.nodes

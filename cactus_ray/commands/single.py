@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.commands.pick import stages
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
-from cactus_ray.compression.family import RADII, ZEROS, Family
-from cactus_ray.compression.levels import INTEGER_BITS, Level, parse_level, parse_levels
+from cactus_ray.compression.family import Family
+from cactus_ray.compression.levels import parse_levels
 from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import SPLITS, load
-from cactus_ray.deploy.members import refuse_integers, words
+from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network, save
@@ -117,7 +118,8 @@ def verify(
         around = {} if family is None else {level: family.at(level) for level, _ in files}
         if to is not None:
             settings = replace(settings, batch_size=min(settings.batch_size, BATCH_OF_RESULTS))
-        record = stack.enter_context(_record(to, files, source, split, settings, radii if largest is None else largest, family))
+        asked = radii if largest is None else largest
+        record = stack.enter_context(_record(to, files, source, split, settings, asked, family))
         for level, file in files:
             job = Job(level, file, source, split, domain, settings, samples, record, around.get(level))
             try:
@@ -159,36 +161,6 @@ def _relabelled(progress: Callable[[str, int, int], None], label: str, stage: st
 
 _Files = Iterable[tuple[str, bytes]]
 """Levels and their ONNX files."""
-
-
-@dataclass(frozen=True, slots=True)
-class FamilyOptions:
-    """``--family``, ``--family-radius`` and ``--family-zeros`` as they are given."""
-
-    format: str
-    radius: str = "half"
-    zeros: str | None = None
-
-    def at(self, level: str) -> Family:
-        """The family around a level's network; exact zeros stay 0 where the level prunes, unless told otherwise.
-
-        Raises ConfigError for values that are none, and for a level that holds integers already.
-        """
-        try:
-            of = parse_level(level)
-        except ConfigError:  # a file that we did not make
-            of = Level()
-        zeros = self.zeros or ("free" if of.prune_family is None else "fixed")
-        for option, value, allowed in (
-            ("--family", self.format, tuple(INTEGER_BITS)),
-            ("--family-radius", self.radius, tuple(RADII)),
-            ("--family-zeros", zeros, ZEROS),
-        ):
-            if value not in allowed:
-                raise ConfigError(option, value, f"one of {', '.join(allowed)}")
-        family = Family(format=self.format, radius=self.radius, zeros=zeros)
-        refuse_integers(of, family, "--levels")
-        return family
 
 
 def _of_onnx(path: Path, data: str | None, root: Path | None) -> tuple[DataConfig, ThreatConfig | None, _Files]:
@@ -236,16 +208,15 @@ def _print(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
         console.print_json(json.dumps(rows))
         return
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    around = {row["level"]: parse(Family, row["family"]) for row in rows if "family" in row}
     for heading in ("level", "epsilon", "standard", "certified", "falsified", "unknown", "95 %"):
         table.add_column(heading, justify="left" if heading == "level" else "right", no_wrap=True)
     for row in rows:
         low, high = row["certified_interval"]
         table.add_row(
-            row["level"] + (f", {around[row['level']]}" if around else ""), f"{row['epsilon']:g}", f"{row['standard_accuracy']:.1%}", str(row["n_certified"]),
+            row["level"], f"{row['epsilon']:g}", f"{row['standard_accuracy']:.1%}", str(row["n_certified"]),
             str(row["n_falsified"]), str(row["n_unknown"]), f"{100 * low:.1f}-{high:.1%}",
         )  # fmt: skip
     console.print(table)
     console.print(f"{rows[0]['samples']} samples of the {rows[0]['split']} split", highlight=False)
-    for family in dict.fromkeys(around.values()):
-        console.print(f"{family}: {words(family)}", highlight=False, soft_wrap=True)
+    for family in dict.fromkeys(parse(Family, row["family"]) for row in rows if "family" in row):
+        console.print(f"every verdict is about {words(family)}", highlight=False, soft_wrap=True)

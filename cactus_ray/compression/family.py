@@ -68,30 +68,31 @@ def nearest(graph: Graph, params: Params, family: Family) -> Params:
     return found
 
 
-def neighbours(graph: Graph, params: Params, family: Family, up: Params) -> Params:
-    """The member whose weights are rounded up where ``up`` (bool, by name) says so, else down; float32.
+def neighbours(graph: Graph, params: Params, family: Family) -> tuple[Params, Params]:
+    """Every weight rounded down, and every weight rounded up; float32, by name, weights only.
 
-    In the family of radius one; codes stay in the format's range.
+    Any choice between the two is a member of the family of radius one; codes stay in the format's range.
     """
-    found = dict(params)
+    down, up = {}, {}
+    most = largest_code(family.bits)
     for name, (weight, scale) in _scales(graph, params, family).items():
         share = weight / scale.double()
-        codes = torch.where(up[name], share.ceil(), share.floor())
-        most = largest_code(family.bits)
-        found[name] = (codes.clamp(-most, most).float() * scale).float()
-    return found
+        down[name] = share.floor().clamp(-most, most).float() * scale
+        up[name] = share.ceil().clamp(-most, most).float() * scale
+    return down, up
 
 
-def corner(params: Params, radii: Params, sign: Params) -> Params:
-    """The member at ``weight + sign * radius`` (signs -1, 0, 1, by name), rounded to float32 towards the centre."""
-    found = dict(params)
-    for name, radius in radii.items():
-        weight = params[name].double()
-        exact = weight + sign[name].double() * radius
-        single = exact.float()
-        beyond = (single.double() - weight).abs() > (exact - weight).abs()
-        found[name] = torch.where(beyond, torch.nextafter(single, params[name].float()), single)
-    return found
+def ends(params: Params, radii: Params) -> tuple[Params, Params]:
+    """The smallest and the largest float32 weights of the family, by name, weights only: a member's lie between."""
+    low = {k: _inward(params[k], -r) for k, r in radii.items()}
+    return low, {k: _inward(params[k], r) for k, r in radii.items()}
+
+
+def _inward(weight: Tensor, offset: Tensor) -> Tensor:
+    """``weight + offset`` rounded to float32 towards the weight."""
+    single = (weight.double() + offset).float()
+    beyond = (single.double() - weight.double()).abs() > offset.abs()
+    return torch.where(beyond, torch.nextafter(single, weight.float()), single)
 
 
 def outside(params: Params, member: Params, radii: Params) -> list[str]:

@@ -40,7 +40,8 @@ from cactus_ray.errors import UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.verification import engine
 from cactus_ray.verification.cascade import verify
-from cactus_ray.verification.family import FamilyVerdict, Member, Subject, verify_family
+from cactus_ray.verification.family import FamilyVerdict, verify_family
+from cactus_ray.verification.member import Member, Subject
 from cactus_ray.verification.verdict import Verdict, VerificationSettings
 
 __all__ = ["Certification", "CheckReport", "Progress", "certify_file", "check", "document", "parity"]
@@ -114,8 +115,9 @@ def certify_file(
     FALSIFIED is only said where the counterexample replays in onnxruntime; where the file itself misclassifies the
     sample, the sample is the counterexample. ``known``: rows of an earlier run with the same arguments, by index, that
     are not computed again; ``keep`` is given new ones as they come. ``family``: verdicts on every network around the
-    file's at once; FALSIFIED by a member that is written to a file and replays, too. Raises UserError where the file or the data cannot
-    be read or do not fit each other, RunFailedError where our reading of the file answers differently from onnxruntime.
+    file's at once; FALSIFIED by a member that is written to a file and replays, too. Raises UserError where the file or
+    the data cannot be read or do not fit each other, RunFailedError where our reading of the file answers differently
+    from onnxruntime.
     """
     graph, params, metadata = read_onnx(file)
     run = runner(file)

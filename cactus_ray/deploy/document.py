@@ -22,7 +22,7 @@ from cactus_ray.config import ThreatConfig, parse, setting
 from cactus_ray.data.sources import SOURCES
 from cactus_ray.deploy.requirements import Requirements
 from cactus_ray.errors import ConfigError, UserError
-from cactus_ray.verification.family import Member
+from cactus_ray.verification.member import Member
 from cactus_ray.verification.verdict import Verdict, wilson
 
 SCHEMA_VERSION = 1

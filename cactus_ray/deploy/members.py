@@ -11,12 +11,13 @@ from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.family import Family, outside
 from cactus_ray.compression.levels import Level
 from cactus_ray.compression.materialize import Compressed, Stored
+from cactus_ray.compression.quantize import largest_code
 from cactus_ray.config import ThreatConfig
 from cactus_ray.deploy.replay import objection, runner
 from cactus_ray.errors import ConfigError, UnsupportedGraphError
 from cactus_ray.interchange.write import FileInfo, onnx_bytes
 from cactus_ray.models.fold import fold_batch_norm
-from cactus_ray.verification.family import Member, Subject
+from cactus_ray.verification.member import Member, Subject
 
 
 def member_file(graph: Graph, weights: Params) -> bytes:
@@ -58,8 +59,8 @@ def words(family: Family) -> str:
     return (
         f"every network whose convolution and linear weights differ from those of the file by at most {steps} of "
         f"{family.format} (symmetric, per output channel; the steps are those of the file's weights, max|w| / "
-        f"{2 ** (family.bits - 1) - 1}, and do not change from member to member) and by float32 rounding{zeros}; biases "
-        "are those of the file"
+        f"{largest_code(family.bits)}, and do not change from member to member) and by float32 rounding{zeros}; "
+        "biases are those of the file"
     )
 
 

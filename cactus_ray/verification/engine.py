@@ -126,8 +126,8 @@ class CactusEngine:
 def bind(name: str, graph: Graph, params: Params, rounding: Rounding | None = None) -> Engine:
     """The engine of that name (one of ``ENGINES``), bound to a network. Only our own charges ``rounding``.
 
-    Raises UserError where auto_LiRPA is wanted and not installed or weights have radii, UnsupportedGraphError where it cannot bound the
-    network.
+    Raises UserError where auto_LiRPA is wanted and not installed or weights have radii, UnsupportedGraphError where it
+    cannot bound the network.
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r}; expected one of {', '.join(ENGINES)}")
