@@ -169,9 +169,13 @@ def pick(
     bound: Bound = None,
     samples: Samples = None,
     root: Root = None,
+    family: FamilyFormat = None,
+    family_radius: FamilyRadius = "half",
+    family_zeros: FamilyZeros = None,
     as_json: Json = False,
 ) -> None:
     """Choose a network on the selection split, write its file, and certify that file on the test split."""
+    from cactus_ray.commands.families import FamilyOptions
     from cactus_ray.commands.pick import pick as run_pick
     from cactus_ray.deploy.requirements import Requirements
 
@@ -179,7 +183,10 @@ def pick(
         max_bytes=max_bytes, min_certified=min_certified, min_accuracy=min_accuracy, prefer=prefer,
         trial=trial, level=level,
     )  # fmt: skip
-    if not run_pick(out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json):
+    if not run_pick(
+        out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json,
+        family=None if family is None else FamilyOptions(family, family_radius, family_zeros),
+    ):  # fmt: skip
         raise typer.Exit(3)
 
 

@@ -33,7 +33,8 @@ values of its terms, covers every way of computing it in at most m roundings per
 such a member computes ``y_k = W x + b + D x + d_k`` with ``|D x| <= R |x|_max`` and
 ``|d_k| <= gamma_m(u) ((|W| + R) |x|_max + |b|)``, so a node costs ``R |x|_max`` more, and its S_k is that of
 ``|W| + R``. |x|_max is taken over the box of the inputs as any member computes them: every box before was widened by
-the same charge. That sum is rounded by at most g times itself and is multiplied by ``1 + k``, which is more.
+the same charge. That sum is rounded by at most g times itself and is multiplied by ``1 + k``, which is more. Linear
+bounds take a part of the charge back where it varies with the input (``spread.py``).
 
 *Range.* Overflow is excluded: where ``max S_k`` is not below 2^126 the charge is infinite and nothing is proved.
 Underflow, also where results or operands are flushed to zero, is charged by absolute terms.
@@ -50,8 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cactus_ray.bounds import interval
-from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, batch_norm_affine, conv2d, slope_of
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, batch_norm_affine, slope_of
 from cactus_ray.bounds.interval import Box
+from cactus_ray.bounds.spread import check_radii, widened
 
 ARITHMETICS = {"real": 0.0, "float32": 2.0**-24}
 """Unit roundoff of the deployed arithmetic by name; real: its rounding is not charged, only that of the bounds."""
@@ -106,7 +108,7 @@ class Rounding:
         for every network whose weights are that close. ValueError for radii of anything else.
         """
         deployed, radii = ARITHMETICS[arithmetic], radii or {}
-        _check_radii(graph, params, radii)
+        check_radii(graph, params, radii)
         largest = {k: v.abs() + radii[k] if k in radii else v for k, v in params.items()}
         own = torch.finfo(next(iter(params.values())).dtype)
         counts, shapes, readers = _chained(graph, params), graph.shapes(params), graph.consumers()
@@ -185,8 +187,7 @@ class Rounding:
         radius = self.radii.get(f"{node.name}.weight")
         if radius is None:
             return None
-        wide = F.linear(sizes[0], radius) if node.op == "linear" else conv2d(node, sizes[0], radius, None)
-        return (1 + self.nodes[node.name].relative) * wide
+        return (1 + self.nodes[node.name].relative) * widened(node, radius, sizes[0])
 
     def _constant(self, terms: NodeRounding, inputs: list[Box], like: Tensor) -> Tensor:
         """``k |b|`` and the absolute terms; infinite where a sum may overflow (a NaN stays one)."""
@@ -200,15 +201,6 @@ class Rounding:
 def magnitude(box: Box) -> Tensor:
     """Largest absolute value in the box, elementwise."""
     return box.center.abs() + box.radius
-
-
-def _check_radii(graph: Graph, params: Params, radii: Mapping[str, Tensor]) -> None:
-    weights = {f"{node.name}.weight" for node in graph.weighted()}
-    for name, radius in radii.items():
-        if name not in weights:
-            raise ValueError(f"a radius of {name!r}; expected weights of linear or convolutional nodes")
-        if radius.shape != params[name].shape or radius.dtype != params[name].dtype or bool((radius < 0).any()):
-            raise ValueError(f"radius of {name!r}: expected numbers >= 0 in the tensor's shape and dtype")
 
 
 def _fans(node: Node, params: Params) -> tuple[int, int]:

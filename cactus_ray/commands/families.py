@@ -18,10 +18,10 @@ class FamilyOptions:
     radius: str = "half"
     zeros: str | None = None
 
-    def at(self, level: str) -> Family:
+    def at(self, level: str, place: str = "--levels") -> Family:
         """The family around a level's network; exact zeros stay 0 where the level prunes, unless told otherwise.
 
-        Raises ConfigError for values that are none, and for a level that holds integers already.
+        Raises ConfigError for values that are none, and, naming ``place``, for a level that holds integers already.
         """
         try:
             of = parse_level(level)
@@ -36,5 +36,5 @@ class FamilyOptions:
             if value not in allowed:
                 raise ConfigError(option, value, f"one of {', '.join(allowed)}")
         family = Family(format=self.format, radius=self.radius, zeros=zeros)
-        refuse_integers(of, family, "--levels")
+        refuse_integers(of, family, place)
         return family

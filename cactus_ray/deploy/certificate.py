@@ -22,6 +22,7 @@ from cactus_ray.deploy.document import (
     DataSection,
     Document,
     Engine,
+    FamilySection,
     InputSection,
     NetworkSection,
     Parity,
@@ -33,7 +34,7 @@ from cactus_ray.deploy.document import (
     summarise,
     versions,
 )
-from cactus_ray.deploy.members import member_objection
+from cactus_ray.deploy.members import member_objection, words
 from cactus_ray.deploy.recheck import CheckReport, check
 from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
 from cactus_ray.errors import UserError
@@ -183,6 +184,13 @@ def document(
         summary=certification.summary,
         verdicts=certification.rows,
         provenance=provenance,
+    )
+
+
+def family_section(certification: Certification, family: Family) -> FamilySection:
+    """What a certificate says of a family, from the certification of its centre with that family."""
+    return FamilySection(
+        family=family, members=words(family), summary=certification.summary, verdicts=certification.rows
     )
 
 

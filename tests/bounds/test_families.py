@@ -1,6 +1,8 @@
 """Bounds of all networks whose weights lie within radii: hand-worked values, sampled members, planted faults."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from cactus_ray.bounds import alpha, interval, linear, rounding
 from cactus_ray.bounds.graph import Graph, Node, Params, forward
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.rounding import Rounding
+from cactus_ray.bounds.spread import Spread, chord
 from cactus_ray.bounds.trace import trace
 
 EPSILON = 0.05
@@ -146,28 +149,32 @@ def test_boxes_of_a_small_family_by_hand() -> None:
 
 
 def test_margins_of_a_small_family_by_hand() -> None:
-    """IBP: 2.3125 - 0.1 - 2.3125 - 2 * 0.8. CROWN, both slopes 1: -0.1 - 1.6 - 0.5 - (2 + 0.5) * 0.25 + 2 - 2.5."""
+    """IBP: 2.3125 - 0.1 - 2.3125 - 2 * 0.8. CROWN takes both lower slopes 1, and |relu(z)| = relu(z) >= 0:
+
+    ``(2 - 0.4) relu(z1) + (0.5 - 0.4) relu(z2) - 0.1 >= 1.6 z1 + 0.1 z2 - 0.1``, and with |x| = x >= 0 at its worst
+    ``1.6 (0.9 x1 - 1.1 x2) + 0.1 (1.9 x1 - 0.1 x2 - 1) - 0.1`` at x = (0.5, 1).
+    """
     graph, params, radii, box = two_by_two()
     charged, label = Rounding.of(graph, params, "real", radii), torch.tensor([0])
     assert float(interval.margins(graph, params, box, label, rounding=charged)[0, 1]) == pytest.approx(-1.7, abs=1e-12)
     nothing = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
     crown = linear.crown_margins(graph, params, box, label, known=nothing, rounding=charged)
-    assert float(crown[0, 1]) == pytest.approx(-3.325, abs=1e-12)
+    assert float(crown[0, 1]) == pytest.approx(0.72 - 1.76 + 0.095 - 0.01 - 0.1 - 0.1, abs=1e-12)
 
 
-def test_one_layer_is_exact() -> None:
-    """Without a ReLU the worst member is attained, so a smaller charge would be wrong and a larger one loose."""
+def test_one_layer_is_exact_backward() -> None:
+    """Without a ReLU the worst member over inputs >= 0 is attained: the charge varies with the input."""
     graph, params = layers(([[0.5, -0.25, 1.0], [0.0, 2.0, -1.0]], [0.0, 0.25]), inputs=3)
     wide = {k: v.double() for k, v in params.items()}
     (name,) = (f"{n.name}.weight" for n in graph.weighted())
     radii = {name: torch.tensor([[0.1, 0.2, 0.0], [0.3, 0.0, 0.1]], dtype=torch.float64)}
-    box = Box(torch.tensor([[[[0.5, 0.3, 0.9]]]]).double(), torch.full((1, 1, 1, 3), 0.1).double())
-    lower = interval.propagate(graph, wide, box, rounding=Rounding.of(graph, wide, "real", radii)).lower[0]
-    worst = [
-        float(sum(min((w + s * r) * x for s in (-1, 1) for x in ends) for w, r, ends in zip(ws, rs, zip(box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True), strict=True))) + b
-        for ws, rs, b in zip(wide[name].tolist(), radii[name].tolist(), (0.0, 0.25), strict=True)
-    ]  # fmt: skip
-    assert lower.tolist() == pytest.approx(worst, abs=1e-12)
+    center = torch.tensor([[[[0.5, 0.3, 0.9]]]], dtype=torch.float64)
+    box, label = Box(center, torch.full_like(center, 0.1)), torch.tensor([0])
+    nothing = torch.tensor([[0.0, -torch.inf]], dtype=torch.float64)
+    charged = Rounding.of(graph, wide, "real", radii)
+    lower = linear.crown_margins(graph, wide, box, label, known=nothing, rounding=charged)
+    # (w0 - w1) x, every weight at its worst: 0.5 - 0.1 - 0.3, -2.25 - 0.2, 2 - 0.1; x at 0.4, 0.4, 0.8
+    assert float(lower[0, 1]) == pytest.approx(0.1 * 0.4 - 2.45 * 0.4 + 1.9 * 0.8 - 0.25, abs=1e-12)
 
 
 # --- members stay inside ---------------------------------------------------------------------------------------------
@@ -191,6 +198,22 @@ def test_radius_0_is_no_family(kind: str) -> None:
             assert torch.equal(margins(graph, params, box, labels, rounding=family), expected)
 
 
+def test_the_chord_is_above_the_absolute_value() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randn(2, 5000, generator=generator, dtype=torch.float64)
+    ends[:, :50] *= 1e-300
+    ends[:, 50:100] *= 1e300
+    ends[0, 100:200] = ends[1, 100:200]
+    ends[0, 200:300] = 0.0
+    box = Box.between(ends.amin(0), ends.amax(0))
+    slope, offset, largest = chord(box)
+    for share in torch.linspace(0, 1, 11, dtype=torch.float64):
+        x = box.lower + share * (box.upper - box.lower)
+        room = 1e-15 * largest
+        assert bool((x.abs() <= slope * x + offset + room).all())
+        assert bool((slope * x + offset <= largest + room).all())
+
+
 @pytest.mark.parametrize("kind", ["mlp", "deep conv", "residual"])
 def test_a_wider_family_has_lower_bounds_and_its_own_rounding(kind: str) -> None:
     graph, params = network(kind, 5)
@@ -203,7 +226,7 @@ def test_a_wider_family_has_lower_bounds_and_its_own_rounding(kind: str) -> None
             ("float32", radii_of(graph, params, 0.02)),
         )
     ]  # fmt: skip
-    assert all(bool((a > b).all()) for a, b in zip(lower, lower[1:], strict=False))
+    assert all(bool((a > b).all()) for a, b in itertools.pairwise(lower))
 
 
 # --- planted faults --------------------------------------------------------------------------------------------------
@@ -262,6 +285,14 @@ def no_backward_charge(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rounding, "charges", charges)
 
 
+def of_spreads(function: Callable[[Spread], Spread]) -> Callable[[pytest.MonkeyPatch], None]:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        true = linear.spreads
+        patch.setattr(linear, "spreads", lambda *given: {k: function(s) for k, s in true(*given).items()})
+
+    return plant
+
+
 FAULTS = {
     "nothing of |x|: only the box's radius": (wrong_sizes(lambda b: b.radius), {"ibp", "crown"}),
     "only the center": (wrong_sizes(lambda b: b.center.abs()), {"ibp", "crown"}),
@@ -269,9 +300,12 @@ FAULTS = {
     "radii in codes": (other_radii(lambda r: {k: v / 127 for k, v in r.items()}), {"ibp", "crown"}),
     "half of the radii": (other_radii(lambda r: {k: v / 2 for k, v in r.items()}), {"ibp"}),
     "a layer is forgotten": (other_radii(lambda r: dict(list(r.items())[1:])), {"ibp", "crown"}),
-    "the last layer is forgotten": (other_radii(lambda r: dict(list(r.items())[:-1])), {"ibp"}),
     "boxes of the centre": (boxes_of_the_centre, {"ibp", "crown"}),
+    "the last layer is forgotten": (other_radii(lambda r: dict(list(r.items())[:-1])), {"crown", "alpha"}),
     "backward bounds are not charged": (no_backward_charge, {"crown"}),
+    "more is given back than was charged": (of_spreads(lambda s: replace(s, credit=2 * s.credit)), {"crown", "alpha"}),
+    "given back, and nothing for it": (of_spreads(lambda s: replace(s, slope=0 * s.slope)), {"crown", "alpha"}),
+    "the other sign of |x|": (of_spreads(lambda s: replace(s, slope=-s.slope)), {"crown", "alpha"}),
 }
 
 
@@ -282,7 +316,9 @@ def test_a_planted_fault_shows(fault: str, monkeypatch: pytest.MonkeyPatch) -> N
     found: list[str] = []
     for kind in ("mlp", "deep conv", "residual"):
         graph, params = network(kind, 5)
-        found += violations(graph, params, radii_of(graph, params), images_of(2))
+        radii = radii_of(graph, params)
+        last = {k: r if k == list(radii)[-1] else 0.01 * r for k, r in radii.items()}
+        found += violations(graph, params, radii, images_of(2)) + violations(graph, params, last, images_of(2))
     assert {text.split(":")[0] for text in found} >= engines
 
 
