@@ -82,7 +82,7 @@ def _family(section: FamilySection) -> str:
         f"## Every rounding to {section.family.format}\n\n"
         f"For {summary.n_certified} of {summary.samples} images ({summary.certified_accuracy:.2%}) the same is proved "
         f"at once of {section.members}. For {summary.n_falsified} images one such network and an input that it "
-        f"misclassifies are given (it need not be one that a quantiser makes); for {summary.n_unknown} there is neither."
+        f"misclassifies are given (it need not be one that a quantiser makes); {summary.n_unknown} are undecided."
     )
 
 

@@ -1,8 +1,8 @@
 """Samples that a family certificate covers, against those of the single network that is rounded to nearest.
 
 For every network file (.safetensors), format and bound: certified / falsified / unknown of the network rounded to
-nearest, and of the families of radius half and one around the network before rounding; CPU seconds. Results are appended
-to ``--out`` as they come, and a second run goes on where the first was stopped.
+nearest, and of the families of radius half and one around the network before rounding; CPU seconds. Results are
+appended to ``--out`` as they come, and a second run goes on where the first was stopped.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ from cactus_ray.verification.verdict import SampleVerdict, Verdict, Verification
 Batch = tuple[Tensor, Tensor, list[int]]
 
 
-def judged(
-    network: Network, batch: Batch, kind: str, format: str, settings: VerificationSettings
-) -> list[SampleVerdict]:
+def judged(network: Network, batch: Batch, kind: str, name: str, settings: VerificationSettings) -> list[SampleVerdict]:
     """Verdicts on the network rounded to nearest, or on its family of radius ``kind``."""
     assert network.config is not None
     threat = network.config.threat
     if kind == "nearest":
-        rounded = materialize(network.graph, network.params, parse_level(format))
+        rounded = materialize(network.graph, network.params, parse_level(name))
         return verify(rounded.graph, rounded.params, *batch, threat, settings)
     centre: Compressed = materialize(network.graph, network.params, parse_level("dense"))
-    family = Family(format=format, radius=kind)
+    family = Family(format=name, radius=kind)
     return [f.sample for f in verify_family(centre.graph, centre.params, *batch, threat, settings, family)]
 
 
@@ -53,13 +51,13 @@ def measure(
     network = load_network(path)
     for bound in bounds:
         settings = VerificationSettings(bound=bound, seconds_per_sample=seconds if bound == "branch" else 0.0)
-        for format in formats:
+        for name in formats:
             for kind in ("nearest", *RADII):
-                key = {"file": path.name, "format": format, "bound": bound, "kind": kind, "samples": len(batch[1])}
+                key = {"file": path.name, "format": name, "bound": bound, "kind": kind, "samples": len(batch[1])}
                 if any(all(row[k] == v for k, v in key.items()) for row in done):
                     continue
                 begun = time.process_time()
-                count = Counter(v.verdict for v in judged(network, batch, kind, format, settings))
+                count = Counter(v.verdict for v in judged(network, batch, kind, name, settings))
                 counts = {v.name.lower(): count[v] for v in Verdict}
                 keep({**key, **counts, "cpu_seconds": round(time.process_time() - begun, 1)})
 
