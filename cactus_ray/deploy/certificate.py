@@ -257,7 +257,7 @@ class _Claims:
 
     def objection(self, found: FamilyVerdict, image: Tensor, point: Sequence[float]) -> str | None:
         """Why a point is no counterexample for the file (of the member), or None where it is one."""
-        if self.family is None or found.member is None:
+        if self.family is None or found.member is None or found.member.kind == "centre":
             return objection(self.run, image, found.sample.label, point, self.threat)
         around = Subject.of(self.graph, self.params, self.family)
         return member_objection(around, found.member, image, found.sample.label, point, self.threat)

@@ -63,7 +63,9 @@ class Subject:
             return self.params
         if member.kind == "nearest":
             return nearest(self.graph, self.params, self.family)
-        if member.other is None or member.other == label or (member.kind == "grid" and self.family.radius != "one"):
+        classes = self.graph.shapes(self.params)[self.graph.output.name][0]
+        steered = member.other is not None and member.other != label and member.other < classes
+        if member.other is None or not steered or (member.kind == "grid" and self.family.radius != "one"):
             raise ValueError(f"no member of {self.family} over label {label}: {member}")
         weights = self.params
         for _ in range(member.rounds):
