@@ -63,9 +63,9 @@ FamilyFormat = Annotated[
     ),
 ]
 FamilyRadius = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="half: rounding to nearest, and any noise of half a step; one: also rounding down, up, stochastic."
+        help="half (default): rounding to nearest, and noise of half a step; one: also rounding down, up, stochastic."
     ),
 ]
 FamilyZeros = Annotated[
@@ -170,7 +170,7 @@ def pick(
     samples: Samples = None,
     root: Root = None,
     family: FamilyFormat = None,
-    family_radius: FamilyRadius = "half",
+    family_radius: FamilyRadius = None,
     family_zeros: FamilyZeros = None,
     as_json: Json = False,
 ) -> None:
@@ -185,7 +185,7 @@ def pick(
     )  # fmt: skip
     if not run_pick(
         out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json,
-        family=None if family is None else FamilyOptions(family, family_radius, family_zeros),
+        family=FamilyOptions.of(family, family_radius, family_zeros),
     ):  # fmt: skip
         raise typer.Exit(3)
 
@@ -239,7 +239,7 @@ def verify(
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for --vnnlib.")] = 60.0,
     family: FamilyFormat = None,
-    family_radius: FamilyRadius = "half",
+    family_radius: FamilyRadius = None,
     family_zeros: FamilyZeros = None,
     to: Annotated[
         Path | None,
@@ -253,7 +253,8 @@ def verify(
 
         data_options = {
             "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
-            "--radius": radius or None, "--bound": bound, "--family": family,
+            "--radius": radius or None, "--bound": bound, "--family": family, "--family-radius": family_radius,
+            "--family-zeros": family_zeros,
         }  # fmt: skip
         if given := [name for name, value in data_options.items() if value is not None]:
             raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
@@ -265,7 +266,7 @@ def verify(
     run_verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
         bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
-        family=None if family is None else FamilyOptions(family, family_radius, family_zeros),
+        family=FamilyOptions.of(family, family_radius, family_zeros),
     )  # fmt: skip
 
 

@@ -18,6 +18,16 @@ class FamilyOptions:
     radius: str = "half"
     zeros: str | None = None
 
+    @staticmethod
+    def of(name: str | None, radius: str | None, zeros: str | None) -> FamilyOptions | None:
+        """None without ``--family``; then the other two are refused (ConfigError)."""
+        if name is not None:
+            return FamilyOptions(name, radius or "half", zeros)
+        for option, value in (("--family-radius", radius), ("--family-zeros", zeros)):
+            if value is not None:
+                raise ConfigError(option, value, "--family FORMAT beside it, such as --family int8")
+        return None
+
     def at(self, level: str, place: str = "--levels") -> Family:
         """The family around a level's network; exact zeros stay 0 where the level prunes, unless told otherwise.
 

@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from containment import DOMAIN, points_of
-from single_precision import layers
+from single_precision import ORDERS, evaluate, layers
 from small_networks import KINDS, SHAPE, network
 from torch import Tensor, nn
 
@@ -227,6 +228,36 @@ def test_a_wider_family_has_lower_bounds_and_its_own_rounding(kind: str) -> None
         )
     ]  # fmt: skip
     assert all(bool((a > b).all()) for a, b in itertools.pairwise(lower))
+
+
+# --- float32 members -------------------------------------------------------------------------------------------------
+
+
+def beyond_the_box() -> float:
+    """How far float32 sums of a member at the end of its weights' intervals leave the box of a family around 0.
+
+    The weights are such that one order of summation rounds up nearly every time; the ball has radius 0.
+    """
+    above_half_a_digit = float(np.float32(2.0**-24 * 1.0001))
+    graph, member = layers(([[1.0] + [above_half_a_digit] * 199] * 2, [0.0, 0.0]), inputs=200)
+    (name,) = (f"{n.name}.weight" for n in graph.weighted())
+    centre = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in member.items()}
+    image = torch.ones(1, 1, 200)
+    charged = Rounding.of(graph, centre, "float32", {name: member[name].double()})
+    out = interval.propagate(graph, centre, interval.ball(image[None].double(), 0.0, DOMAIN), rounding=charged)
+    highest = max(float(evaluate(graph, member, image, total)[graph.output.name].max()) for total in ORDERS.values())
+    return highest - float(out.upper.min())
+
+
+def test_the_rounding_of_members_is_charged() -> None:
+    assert beyond_the_box() <= 0
+
+
+def test_the_rounding_of_members_must_be_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault of the test above: the charge of exact members."""
+    exact = Rounding.of
+    monkeypatch.setattr(Rounding, "of", lambda g, p, a, radii=None: exact(g, p, "real", radii))
+    assert beyond_the_box() > 0
 
 
 # --- planted faults --------------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def test_an_onnx_file_is_a_centre(tmp_path: Path, network: Path, capsys: pytest.
         (["--family", "int8", "--family-zeros", "no"], "--family-zeros: got 'no'"),
         (["--family", "int8", "--levels", "int4"], "--levels: got 'int4'"),
         (["--family", "int8", "--radius"], "--radius"),
+        (["--family-radius", "one"], "--family-radius: got 'one'; expected --family"),
+        (["--family-zeros", "free"], "--family-zeros: got 'free'; expected --family"),
     ],
 )
 def test_bad_options_are_one_clear_line(
