@@ -41,9 +41,8 @@ class Spread:
         """
         sizes = rows.absolute()
         wide, _ = pull_linear(self.node, {f"{self.node.name}.weight": self.radius}, sizes, shape)
-        return Rows(pulled.coefficients - wide.coefficients * wide.over(self.slope), pulled.origin), sizes.dot(
-            self.credit
-        )
+        improved = pulled.coefficients - wide.coefficients * wide.over(self.slope)
+        return Rows(improved, pulled.origin), sizes.dot(self.credit)
 
     def select(self, samples: Tensor) -> Spread:
         """That of some of the samples."""
