@@ -59,7 +59,7 @@ FamilyFormat = Annotated[
     str | None,
     typer.Option(
         "--family",
-        help="Certify every rounding of the weights to this format at once: int8, int6, int4, int3, ternary.",
+        help="Certify every rounding of the weights to these integers at once, such as int8 or int4:affine.",
     ),
 ]
 FamilyRadius = Annotated[

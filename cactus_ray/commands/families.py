@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cactus_ray.compression.family import RADII, ZEROS, Family
-from cactus_ray.compression.levels import INTEGER_BITS, Level, parse_level
+from cactus_ray.compression.family import INTEGERS, RADII, ZEROS, Family
+from cactus_ray.compression.levels import Level, parse_level
 from cactus_ray.deploy.members import refuse_integers
 from cactus_ray.errors import ConfigError
 
@@ -39,7 +39,7 @@ class FamilyOptions:
             of = Level()
         zeros = self.zeros or ("free" if of.prune_family is None else "fixed")
         for option, value, allowed in (
-            ("--family", self.format, tuple(INTEGER_BITS)),
+            ("--family", self.format, INTEGERS),
             ("--family-radius", self.radius, tuple(RADII)),
             ("--family-zeros", zeros, ZEROS),
         ):

@@ -1,8 +1,8 @@
 """All roundings of a quantiser at once: networks whose weights lie within a radius of those of a centre.
 
-The quantiser is that of ``quantize``: symmetric integers per output channel, weights of convolutions and linear layers
-only. Its steps are those of the *centre's* weights and stay fixed: a quantiser that chooses other scales (clipping,
-per-tensor scales, scales taken again after fine-tuning) makes networks of another family.
+The quantisers are those of ``quantize``: integers with a scale per output channel or per tensor, symmetric or with a
+zero point, of weights of convolutions and linear layers only. Their scales are those of the *centre's* weights and stay
+fixed: a quantiser with others (clipping, scales taken again after fine-tuning) makes networks of another family.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
-from cactus_ray.compression.levels import INTEGER_BITS
-from cactus_ray.compression.quantize import dequantize, largest_code, quantize
+from cactus_ray.compression.levels import FORMATS, Level
+from cactus_ray.compression.quantize import largest_code, quantize, quantize_affine
 from cactus_ray.config import setting
 
 RADII = {"half": 0.5, "one": 1.0}
 ZEROS = ("fixed", "free")
+INTEGERS = tuple(name for name in FORMATS if Level(quantise=name).bits is not None)
 UNIT = 2.0**-24
 
 
@@ -28,11 +29,11 @@ class Family:
 
     half: rounding to nearest with any rule for ties, and noise of half a step. one: also rounding down, up, towards
     zero, stochastic and learned rounding to either neighbour. ``zeros`` fixed: weights that are exactly 0 in the
-    centre are 0 in every member. That is what a symmetric quantiser does, because 0 is a code, so that down, up and
-    nearest are all 0; and a pruned network stays pruned. free: they vary as the others do.
+    centre are 0 in every member. That is what these quantisers do, because 0 is a code, so that down, up and nearest
+    are all 0; and a pruned network stays pruned. free: they vary as the others do.
     """
 
-    format: str = setting(doc="format whose steps are meant", choices=tuple(INTEGER_BITS))
+    format: str = setting(doc="format whose steps are meant", choices=INTEGERS)
     radius: str = setting("half", doc="radius in steps", choices=tuple(RADII))
     zeros: str = setting("free", doc="whether weights that are exactly 0 stay 0", choices=ZEROS)
 
@@ -40,8 +41,9 @@ class Family:
         return f"{self.format} +- {self.radius} step"
 
     @property
-    def bits(self) -> int:
-        return INTEGER_BITS[self.format]
+    def level(self) -> Level:
+        """The level that rounds to nearest."""
+        return Level(quantise=self.format)
 
 
 def radii(graph: Graph, params: Params, family: Family) -> Params:
@@ -51,21 +53,17 @@ def radii(graph: Graph, params: Params, family: Family) -> Params:
     weights have such radii.
     """
     found = {}
-    for name, (weight, scale) in _scales(graph, params, family).items():
-        step = scale.double().expand_as(weight)
-        radius = RADII[family.radius] * step + 4 * UNIT * (weight.abs() + step) + 2.0**-140
-        found[name] = radius.masked_fill(weight == 0, 0.0) if family.zeros == "fixed" else radius
+    for name, grid in _grids(graph, params, family).items():
+        step = grid.scale.double().expand_as(grid.weight)
+        radius = RADII[family.radius] * step + 4 * UNIT * (grid.weight.abs() + step) + 2.0**-140
+        found[name] = radius.masked_fill(grid.weight == 0, 0.0) if family.zeros == "fixed" else radius
     return found
 
 
 def nearest(graph: Graph, params: Params, family: Family) -> Params:
-    """The member that the quantiser makes: every weight rounded to nearest; float32."""
-    found = dict(params)
-    for node in graph.weighted():
-        name = f"{node.name}.weight"
-        codes, scale = quantize(params[name], family.bits)
-        found[name] = dequantize(codes, scale)
-    return found
+    """The member that the quantiser makes: every weight rounded to nearest, ties to even; float32."""
+    grids = _grids(graph, params, family)
+    return {**params, **{name: grid.at(torch.round(grid.steps)) for name, grid in grids.items()}}
 
 
 def neighbours(graph: Graph, params: Params, family: Family) -> tuple[Params, Params]:
@@ -73,13 +71,9 @@ def neighbours(graph: Graph, params: Params, family: Family) -> tuple[Params, Pa
 
     Any choice between the two is a member of the family of radius one; codes stay in the format's range.
     """
-    down, up = {}, {}
-    most = largest_code(family.bits)
-    for name, (weight, scale) in _scales(graph, params, family).items():
-        share = weight / scale.double()
-        down[name] = share.floor().clamp(-most, most).float() * scale
-        up[name] = share.ceil().clamp(-most, most).float() * scale
-    return down, up
+    grids = _grids(graph, params, family)
+    down = {name: grid.at(grid.steps.floor()) for name, grid in grids.items()}
+    return down, {name: grid.at(grid.steps.ceil()) for name, grid in grids.items()}
 
 
 def ends(params: Params, radii: Params) -> tuple[Params, Params]:
@@ -108,12 +102,40 @@ def outside(params: Params, member: Params, radii: Params) -> list[str]:
     return found
 
 
-def _scales(graph: Graph, params: Params, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
-    """Float64 weights and the float32 steps [out, 1, ...] of the quantiser, by the name of the tensor."""
-    found = {}
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Weights in float64, and the weights ``k * scale`` of a format, ``low <= k <= high``; all broadcast to them."""
+
+    weight: Tensor
+    scale: Tensor
+    low: Tensor | int
+    high: Tensor | int
+
+    @property
+    def steps(self) -> Tensor:
+        return self.weight / self.scale.double()
+
+    def at(self, steps: Tensor) -> Tensor:
+        """Float32 weights at whole numbers of steps, as a runtime computes them from codes."""
+        most, least = (torch.as_tensor(end, dtype=steps.dtype, device=steps.device) for end in (self.high, self.low))
+        return torch.minimum(torch.maximum(steps, least), most).float() * self.scale
+
+
+def _grids(graph: Graph, params: Params, family: Family) -> dict[str, _Grid]:
+    """The grids of the family's quantiser, by the name of the tensor."""
+    level, found = family.level, {}
+    bits = level.bits
+    assert bits is not None
     for node in graph.weighted():
-        weight = params[f"{node.name}.weight"]
-        _, scale = quantize(weight, family.bits)
-        columns = scale.view(-1, *([1] * (weight.dim() - 1)))
-        found[f"{node.name}.weight"] = weight.detach().double(), columns
+        weight = params[f"{node.name}.weight"].detach()
+        shape = -1, *([1] * (weight.dim() - 1))
+        low: Tensor | int = -largest_code(bits)
+        high: Tensor | int = largest_code(bits)
+        if level.affine:
+            _, scale, zero_point = quantize_affine(weight, bits, per_tensor=level.per_tensor)
+            low = -zero_point.double().view(shape)
+            high = low + 2**bits - 1
+        else:
+            _, scale = quantize(weight, bits, per_tensor=level.per_tensor)
+        found[f"{node.name}.weight"] = _Grid(weight.double(), scale.view(shape), low, high)
     return found

@@ -51,16 +51,18 @@ def member_objection(
 def words(family: Family) -> str:
     """What the members of a family are, for people."""
     steps = "half a quantisation step" if family.radius == "half" else "one quantisation step"
+    level, bits = family.level, family.level.bits or 0
+    parts = "affine" if level.affine else "symmetric", "per tensor" if level.per_tensor else "per output channel"
+    largest = f"(max w - min w) / {2**bits - 1}" if level.affine else f"max|w| / {largest_code(bits)}"
     zeros = (
-        "; weights that are exactly 0 in the file are 0 in every member, as under any symmetric quantiser"
+        "; weights that are exactly 0 in the file are 0 in every member, as 0 is a code of the format"
         if family.zeros == "fixed"
         else ""
     )
     return (
         f"every network whose convolution and linear weights differ from those of the file by at most {steps} of "
-        f"{family.format} (symmetric, per output channel; the steps are those of the file's weights, max|w| / "
-        f"{largest_code(family.bits)}, and do not change from member to member) and by float32 rounding{zeros}; "
-        "biases are those of the file"
+        f"{family.format} ({', '.join(parts)}; the steps are those of the file's weights, {largest}, and do not change "
+        f"from member to member) and by float32 rounding{zeros}; biases are those of the file"
     )
 
 

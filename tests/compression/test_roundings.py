@@ -6,12 +6,12 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Node, Params
 from cactus_ray.compression.family import Family, ends, nearest, neighbours, outside, radii
-from cactus_ray.compression.quantize import dequantize, quantize, step
+from cactus_ray.compression.quantize import dequantize, quantize, quantize_affine, step
 from cactus_ray.config import parse
 from cactus_ray.errors import ConfigError
 
 GRAPH = Graph((Node("input", "input"), Node("fc", "linear", ("input",)), Node("conv", "conv2d", ("fc",))), (4,))
-FORMATS = ("int8", "int6", "int4", "int3", "ternary")
+FORMATS = ("int8", "int6", "int4", "ternary", "int4:tensor", "int8:affine", "int4:affine", "int2:tensor:affine")
 
 
 def params_of(seed: int, zeros: float = 0.3) -> Params:
@@ -21,6 +21,16 @@ def params_of(seed: int, zeros: float = 0.3) -> Params:
     weight[3] = 0.0
     kernel = torch.randn(5, 3, 2, 2, generator=generator)
     return {"fc.weight": weight, "fc.bias": torch.randn(6, generator=generator), "conv.weight": kernel}
+
+
+def quantised(weight: Tensor, family: Family) -> Tensor:
+    """What a file of the family's level holds."""
+    level = family.level
+    assert level.bits is not None
+    if level.affine:
+        codes, scale, zero_point = quantize_affine(weight, level.bits, per_tensor=level.per_tensor)
+        return dequantize(codes, scale, zero_point, level.bits)
+    return dequantize(*quantize(weight, level.bits, per_tensor=level.per_tensor))
 
 
 def mixed(low: Params, high: Params, params: Params, seed: int) -> Params:
@@ -41,7 +51,7 @@ def test_every_rounding_is_a_member(seed: int, name: str, zeros: str) -> None:
     assert outside(params, rounded, radii(GRAPH, params, half)) == []
     for member in ({**params, **down}, {**params, **up}, mixed(down, up, params, seed)):
         assert outside(params, member, radii(GRAPH, params, one)) == []
-    assert torch.equal(rounded["fc.weight"], dequantize(*quantize(params["fc.weight"], half.bits)))
+    assert torch.equal(rounded["fc.weight"], quantised(params["fc.weight"], half))
     assert torch.equal(rounded["fc.bias"], params["fc.bias"])
     # towards zero and to the nearer neighbour are choices between the two
     assert bool(((rounded["fc.weight"] == down["fc.weight"]) | (rounded["fc.weight"] == up["fc.weight"])).all())
