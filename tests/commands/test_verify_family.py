@@ -84,7 +84,7 @@ def test_an_onnx_file_is_a_centre(tmp_path: Path, network: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--family", "int5"], "--family: got 'int5'"),
+        (["--family", "int9"], "--family: got 'int9'"),
         (["--family", "int8", "--family-radius", "two"], "--family-radius: got 'two'"),
         (["--family", "int8", "--family-zeros", "no"], "--family-zeros: got 'no'"),
         (["--family", "int8", "--levels", "int4"], "--levels: got 'int4'"),
