@@ -55,6 +55,25 @@ Bound = Annotated[
 Samples = Annotated[
     int | None, typer.Option("--samples", min=1, help="Use a fixed random subset of this many samples.")
 ]
+FamilyFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        help="Certify every rounding of the weights to these integers at once, such as int8 or int4:affine.",
+    ),
+]
+FamilyRadius = Annotated[
+    str | None,
+    typer.Option(
+        help="half (default): rounding to nearest, and noise of half a step; one: also rounding down, up, stochastic."
+    ),
+]
+FamilyZeros = Annotated[
+    str | None,
+    typer.Option(
+        help="Whether weights that are exactly 0 stay 0 in the family: fixed (default where a level prunes) or free."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -150,9 +169,13 @@ def pick(
     bound: Bound = None,
     samples: Samples = None,
     root: Root = None,
+    family: FamilyFormat = None,
+    family_radius: FamilyRadius = None,
+    family_zeros: FamilyZeros = None,
     as_json: Json = False,
 ) -> None:
     """Choose a network on the selection split, write its file, and certify that file on the test split."""
+    from cactus_ray.commands.families import FamilyOptions
     from cactus_ray.commands.pick import pick as run_pick
     from cactus_ray.deploy.requirements import Requirements
 
@@ -160,7 +183,10 @@ def pick(
         max_bytes=max_bytes, min_certified=min_certified, min_accuracy=min_accuracy, prefer=prefer,
         trial=trial, level=level,
     )  # fmt: skip
-    if not run_pick(out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json):
+    if not run_pick(
+        out, run, to, requirements, bound=bound, samples=samples, root=root, as_json=as_json,
+        family=FamilyOptions.of(family, family_radius, family_zeros),
+    ):  # fmt: skip
         raise typer.Exit(3)
 
 
@@ -212,6 +238,9 @@ def verify(
         Path | None, typer.Option(help="Decide this VNN-LIB specification (.vnnlib or .vnnlib.gz) of an ONNX file.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for --vnnlib.")] = 60.0,
+    family: FamilyFormat = None,
+    family_radius: FamilyRadius = None,
+    family_zeros: FamilyZeros = None,
     to: Annotated[
         Path | None,
         typer.Option("--out", help="File for the result of --vnnlib, or for results per sample (.jsonl; resumable)."),
@@ -224,17 +253,20 @@ def verify(
 
         data_options = {
             "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
-            "--radius": radius or None, "--bound": bound,
+            "--radius": radius or None, "--bound": bound, "--family": family, "--family-radius": family_radius,
+            "--family-zeros": family_zeros,
         }  # fmt: skip
         if given := [name for name, value in data_options.items() if value is not None]:
             raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
         verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
         return
+    from cactus_ray.commands.families import FamilyOptions
     from cactus_ray.commands.single import verify as run_verify
 
     run_verify(
         out, network, data=data, root=root, split=split, epsilon=epsilon, levels=levels, samples=samples,
         bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
+        family=FamilyOptions.of(family, family_radius, family_zeros),
     )  # fmt: skip
 
 

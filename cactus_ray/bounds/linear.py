@@ -20,6 +20,7 @@ from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.relaxation import Relaxation, relax
 from cactus_ray.bounds.rounding import UNDERFLOW, Rounding
 from cactus_ray.bounds.rows import Rows, Shape, unit_rows
+from cactus_ray.bounds.spread import Spread, spreads
 
 CPU_BYTES, DEVICE_BYTES = 1 << 22, 1 << 30
 """Bytes of one dense coefficient tensor: on a CPU what its caches hold (several times faster), else memory."""
@@ -174,7 +175,8 @@ def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> B
 class Relaxed:
     """The network up to node ``last`` with every ReLU and max pooling replaced by linear bounds, for N input boxes.
 
-    ``charges`` [N, *shape] by node: what rounding costs per unit of a coefficient of that node's output.
+    ``charges`` [N, *shape] by node: what rounding, and weights within radii, cost per unit of a coefficient of that
+    node's output. ``spreads`` by node: what may be taken back of the latter.
     """
 
     graph: Graph
@@ -184,6 +186,7 @@ class Relaxed:
     shapes: Mapping[str, Shape]
     relaxations: Mapping[str, Relaxation]
     charges: Mapping[str, Tensor] = field(default_factory=dict)
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
 
     @staticmethod
     def on(
@@ -198,14 +201,16 @@ class Relaxed:
             if node.name == last:
                 break
         charges = {} if rounding is None else rounding.charges(graph, params, boxes)
-        return Relaxed(graph, params, last, boxes[graph.nodes[0].name], shapes, found, charges)
+        wide = {} if rounding is None else spreads(graph, rounding.radii, boxes)
+        return Relaxed(graph, params, last, boxes[graph.nodes[0].name], shapes, found, charges, wide)
 
     def select(self, samples: Tensor) -> Relaxed:
         """The same for some of the samples."""
         box = Box(self.box.center[samples], self.box.radius[samples])
         some = {name: relaxation.select(samples) for name, relaxation in self.relaxations.items()}
         charges = {name: charge[samples] for name, charge in self.charges.items()}
-        return Relaxed(self.graph, self.params, self.last, box, self.shapes, some, charges)
+        wide = {name: spread.select(samples) for name, spread in self.spreads.items()}
+        return Relaxed(self.graph, self.params, self.last, box, self.shapes, some, charges, wide)
 
     def lower_bounds(self, rows: Rows) -> Tensor:
         """Lower bounds [N, S] of linear forms over the last node's output."""
@@ -231,7 +236,7 @@ class Relaxed:
             rows = pending.pop(node.name)
             if node.name in self.charges:
                 bound = bound - rows.absolute().dot(self.charges[node.name])
-            shape = self.shapes[node.inputs[0]]
+            shape, above = self.shapes[node.inputs[0]], rows
             if node.op == "add":
                 constant: Tensor | float = 0.0
             elif node.name in self.relaxations:
@@ -239,6 +244,9 @@ class Relaxed:
             else:
                 rows, constant = pull_linear(node, self.params, rows, shape)
             bound = bound + constant
+            if node.name in self.spreads:
+                rows, credit = self.spreads[node.name].improve(above, rows, shape)
+                bound = bound + credit
             for source in node.inputs:
                 target = self.shapes[source]
                 part = unbroadcast(rows, target) if node.op == "add" else rows

@@ -1,5 +1,7 @@
 """What rounding can do to a network and to its bounds: charges that make both hold in floating point.
 
+And what weights that are known up to a radius can do: they are charged in the same way (*Families*).
+
 Standard model (Higham 2002, Sec. 2.2 and 3.1): an operation gives the exact result times (1 + d), |d| <= u, plus at
 most the smallest normal number. A sum of n products and a bias, in any order, with or without fused multiply-add,
 pairwise, blocked or split over threads, is within ``gamma_m (|W| |x| + |b|)`` of the exact one, ``m = n + 1`` and
@@ -27,6 +29,13 @@ rounded). Relaxations pay for their own rounding (``relaxation.py``).
 such a chain are charged with one m, the sum of theirs; then the charge of the chain, ``gamma_m`` times the absolute
 values of its terms, covers every way of computing it in at most m roundings per term.
 
+*Families.* With radii R, bounds hold for every network whose weights are ``W + D``, ``|D| <= R``, biases unchanged:
+such a member computes ``y_k = W x + b + D x + d_k`` with ``|D x| <= R |x|_max`` and
+``|d_k| <= gamma_m(u) ((|W| + R) |x|_max + |b|)``, so a node costs ``R |x|_max`` more, and its S_k is that of
+``|W| + R``. |x|_max is taken over the box of the inputs as any member computes them: every box before was widened by
+the same charge. That sum is rounded by at most g times itself and is multiplied by ``1 + k``, which is more. Linear
+bounds take a part of the charge back where it varies with the input (``spread.py``).
+
 *Range.* Overflow is excluded: where ``max S_k`` is not below 2^126 the charge is infinite and nothing is proved.
 Underflow, also where results or operands are flushed to zero, is charged by absolute terms.
 """
@@ -35,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +53,7 @@ from torch import Tensor
 from cactus_ray.bounds import interval
 from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, batch_norm_affine, slope_of
 from cactus_ray.bounds.interval import Box
+from cactus_ray.bounds.spread import check_radii, widened
 
 ARITHMETICS = {"real": 0.0, "float32": 2.0**-24}
 """Unit roundoff of the deployed arithmetic by name; real: its rounding is not charged, only that of the bounds."""
@@ -82,16 +92,24 @@ class Rounding:
     """The charges of one network in one arithmetic. ``unit``: that of our own arithmetic.
 
     ``shared``: nodes whose coefficients are added up, or scaled by a ReLU, without being charged as a layer.
+    ``radii``: how far weights may be from the given ones, by the name of the tensor; absent: they are exact.
     """
 
     nodes: Mapping[str, NodeRounding]
     unit: float
     shared: frozenset[str]
+    radii: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, params: Params, arithmetic: str) -> Rounding:
-        """For ``arithmetic`` of ``ARITHMETICS``; our own precision is that of ``params``. KeyError for another name."""
-        deployed = ARITHMETICS[arithmetic]
+    def of(graph: Graph, params: Params, arithmetic: str, radii: Mapping[str, Tensor] | None = None) -> Rounding:
+        """For ``arithmetic`` of ``ARITHMETICS``; our own precision is that of ``params``. KeyError for another name.
+
+        ``radii`` (>= 0, shape and dtype of the tensors) of weights of linear and convolutional nodes: the bounds hold
+        for every network whose weights are that close. ValueError for radii of anything else.
+        """
+        deployed, radii = ARITHMETICS[arithmetic], radii or {}
+        check_radii(graph, params, radii)
+        largest = {k: v.abs() + radii[k] if k in radii else v for k, v in params.items()}
         own = torch.finfo(next(iter(params.values())).dtype)
         counts, shapes, readers = _chained(graph, params), graph.shapes(params), graph.consumers()
         nodes = {}
@@ -101,13 +119,14 @@ class Rounding:
             # the charge is itself computed: its factors are rounded, each product and sum by at most gamma(terms)
             relative = (gamma(counts[node.name], deployed) + inner) * (1 + inner)
             smallest = 2.0**-126 if deployed else own.tiny
-            nodes[node.name] = _constants(node, params, len(shapes[node.name]), (relative, inner, 4 * terms * smallest))
+            factors = relative, inner, 4 * terms * smallest
+            nodes[node.name] = _constants(node, largest, len(shapes[node.name]), factors)
         shared = frozenset(
             n.name
             for n in graph.nodes
             if len(readers[n.name]) > 1 or n.op == "max_pool2d" or any(r.op in RELUS for r in readers[n.name])
         )
-        return Rounding(nodes, own.eps / 2, shared)
+        return Rounding(nodes, own.eps / 2, shared, radii)
 
     def step(self, node: Node, params: Params, inputs: list[Box]) -> Box:
         """Like ``interval.step``, but the box contains what is computed, for inputs [N, ...] as computed."""
@@ -115,7 +134,9 @@ class Rounding:
         if node.op in AFFINE:  # |W| r + k (|W| |x| + |b|) = |W| (r + k |x|) + k |b|
             wide = [Box(x.center, x.radius + terms.relative * magnitude(x)) for x in inputs]
             out = interval.step(node, params, wide)
-            return Box(out.center, out.radius + self._constant(terms, inputs, out.center))
+            radius = out.radius + self._constant(terms, inputs, out.center)
+            spread = self._spread(node, [magnitude(x) for x in inputs])
+            return Box(out.center, radius if spread is None else radius + spread)
         out = interval.step(node, params, inputs)
         if node.op == "leaky_relu":
             out = Box(out.center, out.radius + terms.relative * slope_of(node) * magnitude(inputs[0]))
@@ -134,7 +155,8 @@ class Rounding:
         sizes = [magnitude(x) for x in inputs]
         if node.op in AFFINE:
             radius = interval.step(node, params, [Box(torch.zeros_like(s), s) for s in sizes]).radius
-            return terms.relative * radius + self._constant(terms, inputs, radius)
+            charge = terms.relative * radius + self._constant(terms, inputs, radius)
+            return charge if (spread := self._spread(node, sizes)) is None else charge + spread
         if node.op == "input":
             return terms.own * sizes[0]
         if node.op == "max_pool2d":
@@ -156,6 +178,16 @@ class Rounding:
                 if charge is not None:
                     found[node.name] = charge
         return found
+
+    def _spread(self, node: Node, sizes: list[Tensor]) -> Tensor | None:
+        """``(1 + k) R |x|`` for inputs of at most the given sizes: what weights within their radii change; rounded up.
+
+        With ``k (|W| |x| + |b|)`` this covers the rounding of every such network, too. None without radii.
+        """
+        radius = self.radii.get(f"{node.name}.weight")
+        if radius is None:
+            return None
+        return (1 + self.nodes[node.name].relative) * widened(node, radius, sizes[0])
 
     def _constant(self, terms: NodeRounding, inputs: list[Box], like: Tensor) -> Tensor:
         """``k |b|`` and the absolute terms; infinite where a sum may overflow (a NaN stays one)."""

@@ -278,4 +278,5 @@ def _cast(relaxed: Relaxed, params: Params) -> Relaxed:
         if isinstance(r, MaxPoolRelaxation)
     }
     charges = {name: charge.float() for name, charge in relaxed.charges.items()}
-    return replace(relaxed, params=params, box=box, relaxations=pools, charges=charges)
+    wide = {name: spread.single() for name, spread in relaxed.spreads.items()}
+    return replace(relaxed, params=params, box=box, relaxations=pools, charges=charges, spreads=wide)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.config import parse, to_dict
 from cactus_ray.deploy.export import pick as run_pick
 from cactus_ray.deploy.recheck import check as run_check
@@ -35,11 +37,12 @@ def stages(console: Console, enabled: bool) -> Iterator[Callable[[str, int, int]
 
 def pick(
     console: Console, run: Path, to: Path, requirements: Requirements, *,
-    bound: str | None, samples: int | None, root: Path | None, as_json: bool,
+    bound: str | None, samples: int | None, root: Path | None, as_json: bool, family: FamilyOptions | None = None,
 ) -> bool:  # fmt: skip
     """Pick, certify and explain; False where the requirements are not met on the test split.
 
-    ``bound`` certifies with another bound than the study used, usually a dearer one.
+    ``bound`` certifies with another bound than the study used, usually a dearer one; ``family`` also every rounding of
+    the picked file's weights at once.
     """
     settings = None
     if bound is not None:
@@ -48,7 +51,7 @@ def pick(
     with stages(console, not as_json) as progress:
         result = run_pick(
             run, requirements, to, samples=samples, settings=settings, root=None if root is None else str(root),
-            progress=progress,
+            progress=progress, family=None if family is None else partial(family.at, place="--level"),
         )  # fmt: skip
     if as_json:
         console.print_json(json.dumps(result.to_json()))

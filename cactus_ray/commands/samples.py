@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cactus_ray.commands.results import Results
+from cactus_ray.compression.family import Family
 from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import load, subset
 from cactus_ray.deploy.certificate import certify_file, fitted, refuse_misfit
@@ -31,7 +32,10 @@ Show = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One file, at one level, on a subset of a split; ``record``: results so far, or None."""
+    """One file, at one level, on a subset of a split; ``record``: results so far, or None.
+
+    ``family``: what is asked of is every network around the file's.
+    """
 
     level: str
     file: bytes
@@ -41,6 +45,7 @@ class Job:
     settings: VerificationSettings
     samples: int | None
     record: Results | None
+    family: Family | None = None
 
     def recorded(self, **key: Any) -> list[dict[str, Any]]:
         """Recorded results of this level with the given values."""
@@ -63,9 +68,10 @@ def summary_row(job: Job, epsilon: float, show: Show) -> dict[str, Any]:
 
     found = certify_file(
         job.file, job.data, job.split, ThreatConfig(epsilon=epsilon, domain=job.domain), job.settings,
-        samples=job.samples, progress=show, known=known, keep=keep,
+        samples=job.samples, progress=show, known=known, keep=keep, family=job.family,
     )  # fmt: skip
-    return {"level": job.level, "epsilon": epsilon, "split": job.split, **asdict(found.summary)}
+    family = {} if job.family is None else {"family": to_dict(job.family)}
+    return {"level": job.level, **family, "epsilon": epsilon, "split": job.split, **asdict(found.summary)}
 
 
 def radius_rows(job: Job, largest: float, show: Show) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.commands.pick import stages
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
+from cactus_ray.compression.family import Family
 from cactus_ray.compression.levels import parse_levels
 from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import SPLITS, load
+from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network, save
@@ -83,12 +86,13 @@ def train(
 def verify(
     console: Console, network: Path, *, data: str | None, root: Path | None, split: str, epsilon: str | None,
     levels: str | None, samples: int | None, bound: str | None, seconds_per_sample: float, radius: bool,
-    to: Path | None, as_json: bool,
+    to: Path | None, as_json: bool, family: FamilyOptions | None = None,
 ) -> None:  # fmt: skip
     """Verdict counts for every level and radius, always of the ONNX file that is or would be deployed.
 
     ``radius``: instead the largest certified radius of every sample, up to the largest of ``epsilon``. ``to``: a file
-    of results that are appended as they come; a second run with the same settings goes on where it ends. Raises
+    of results that are appended as they come; a second run with the same settings goes on where it ends. ``family``:
+    verdicts on every rounding of a level's weights at once. Raises
     UserError for bad input, RunFailedError where a certified sample is falsified.
     """
     if split not in SPLITS:
@@ -101,18 +105,23 @@ def verify(
         source, threat, files = _of_onnx(network, data, root)
     else:
         source, threat, files = _of_network(load_network(network), levels, data, root)
+    if family is not None and radius:
+        raise ConfigError("--radius", True, "one of --radius and --family")
     radii = [0.0] if radius and epsilon is None else _radii(epsilon, threat)
     domain = threat.domain if threat else (0.0, 1.0)
     largest = (max(radii) or domain[1] - domain[0]) if radius else None
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         progress = stack.enter_context(stages(console, not as_json))
-        if to is not None:
+        if to is not None or family is not None:
             files = list(files)
+        around = {} if family is None else {level: family.at(level) for level, _ in files}
+        if to is not None:
             settings = replace(settings, batch_size=min(settings.batch_size, BATCH_OF_RESULTS))
-        record = stack.enter_context(_record(to, files, source, split, settings, radii if largest is None else largest))
+        asked = radii if largest is None else largest
+        record = stack.enter_context(_record(to, files, source, split, settings, asked, family))
         for level, file in files:
-            job = Job(level, file, source, split, domain, settings, samples, record)
+            job = Job(level, file, source, split, domain, settings, samples, record, around.get(level))
             try:
                 if largest is not None:
                     show = partial(_relabelled, progress, level)
@@ -130,7 +139,8 @@ def verify(
 
 
 def _record(
-    to: Path | None, files: _Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any
+    to: Path | None, files: _Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any,
+    family: FamilyOptions | None,
 ) -> AbstractContextManager[Results | None]:  # fmt: skip
     """The file of results, for exactly these files, data and settings; None where none is wanted."""
     if to is None:
@@ -138,6 +148,7 @@ def _record(
     hashes = {level: hashlib.sha256(file).hexdigest() for level, file in files}
     digest = load(data, (split,)).digests[split]
     what = {"radius": radii} if isinstance(radii, float) else {"epsilon": radii}
+    what |= {} if family is None else {"family": asdict(family)}
     verification = {f"verification.{key}": value for key, value in to_dict(settings).items()}
     return open_results(
         to, {"files": hashes, "data": data.name, "split": split, "digest": digest} | what | verification
@@ -207,3 +218,5 @@ def _print(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(f"{rows[0]['samples']} samples of the {rows[0]['split']} split", highlight=False)
+    for family in dict.fromkeys(parse(Family, row["family"]) for row in rows if "family" in row):
+        console.print(f"every verdict is about {words(family)}", highlight=False, soft_wrap=True)

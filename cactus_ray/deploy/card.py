@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cactus_ray.deploy.document import Document, Summary
+from cactus_ray.deploy.document import Document, FamilySection, Summary
 from cactus_ray.deploy.requirements import option, show
 
 _ARITHMETIC = {
@@ -14,6 +14,8 @@ _ARITHMETIC = {
 def render(document: Document) -> str:
     """The model card (Markdown) of a certificate. Deterministic."""
     parts = [_head(document), _figures(document), _threat(document), _network(document), _running(document)]
+    if document.family is not None:
+        parts.insert(3, _family(document.family))
     return "\n\n".join([*parts, _checking(document), _limits(document), _origin(document)]) + "\n"
 
 
@@ -71,6 +73,16 @@ def _threat(document: Document) -> str:
         f"Any perturbation of at most {threat.epsilon:g} per pixel ({threat.norm} norm), clipped to the domain "
         f"[{threat.domain[0]:g}, {threat.domain[1]:g}]. Other changes of the input (rotation, blur, noise beyond that "
         f"radius, other kinds of images) are not covered."
+    )
+
+
+def _family(section: FamilySection) -> str:
+    summary = section.summary
+    return (
+        f"## Every rounding to {section.family.format}\n\n"
+        f"For {summary.n_certified} of {summary.samples} images ({summary.certified_accuracy:.2%}) the same is proved "
+        f"at once of {section.members}. For {summary.n_falsified} images one such network and an input that it "
+        f"misclassifies are given (it need not be one that a quantiser makes); {summary.n_unknown} are undecided."
     )
 
 

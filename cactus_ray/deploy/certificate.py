@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.compression.family import Family
 from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, ThreatConfig, to_dict
 from cactus_ray.data import DataSet, load, subset
@@ -21,6 +22,7 @@ from cactus_ray.deploy.document import (
     DataSection,
     Document,
     Engine,
+    FamilySection,
     InputSection,
     NetworkSection,
     Parity,
@@ -32,13 +34,16 @@ from cactus_ray.deploy.document import (
     summarise,
     versions,
 )
+from cactus_ray.deploy.members import member_objection, words
 from cactus_ray.deploy.recheck import CheckReport, check
 from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
 from cactus_ray.errors import UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.verification import engine
 from cactus_ray.verification.cascade import verify
-from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
+from cactus_ray.verification.family import FamilyVerdict, verify_family
+from cactus_ray.verification.member import Member, Subject
+from cactus_ray.verification.verdict import Verdict, VerificationSettings
 
 __all__ = ["Certification", "CheckReport", "Progress", "certify_file", "check", "document", "parity"]
 
@@ -104,13 +109,16 @@ def certify_file(
     progress: Progress | None = None,
     known: Mapping[int, Row] | None = None,
     keep: Callable[[Sequence[Row]], None] | None = None,
+    family: Family | None = None,
 ) -> Certification:
     """Verdicts for a fixed random subset of ``samples`` (None: all) of a split, on the weights read from an ONNX file.
 
     FALSIFIED is only said where the counterexample replays in onnxruntime; where the file itself misclassifies the
     sample, the sample is the counterexample. ``known``: rows of an earlier run with the same arguments, by index, that
-    are not computed again; ``keep`` is given new ones as they come. Raises UserError where the file or the data cannot
-    be read or do not fit each other, RunFailedError where our reading of the file answers differently from onnxruntime.
+    are not computed again; ``keep`` is given new ones as they come. ``family``: verdicts on every network around the
+    file's at once; FALSIFIED by a member that is written to a file and replays, too. Raises UserError where the file or
+    the data cannot be read or do not fit each other, RunFailedError where our reading of the file answers differently
+    from onnxruntime.
     """
     graph, params, metadata = read_onnx(file)
     run = runner(file)
@@ -121,16 +129,13 @@ def certify_file(
     images, labels, indices = fitted(all_images[chosen], graph), all_labels[chosen], chosen.tolist()
     logits = answers(run, images)
     agreement = parity(graph, params, images, logits)
+    right = (margins(logits, labels) > 0).tolist()
+    claims = _Claims(graph, params, run, threat, settings, family)
     done = {index: known[index] for index in indices if index in known} if known else {}
     waiting = [p for p, index in enumerate(indices) if index not in done]
     for start in range(0, len(waiting), settings.batch_size):
         part = waiting[start : start + settings.batch_size]
-        found = verify(graph, params, images[part], labels[part], [indices[p] for p in part], threat, settings)
-        right = margins(logits[part], labels[part]) > 0
-        new = [
-            _row(verdict, image, bool(ok), run, threat)
-            for verdict, image, ok in zip(found, images[part], right, strict=True)
-        ]
+        new = claims.rows(images[part], labels[part], [indices[p] for p in part], [right[p] for p in part])
         done.update((row.index, row) for row in new)
         if keep is not None:
             keep(new)
@@ -182,6 +187,13 @@ def document(
     )
 
 
+def family_section(certification: Certification, family: Family) -> FamilySection:
+    """What a certificate says of a family, from the certification of its centre with that family."""
+    return FamilySection(
+        family=family, members=words(family), summary=certification.summary, verdicts=certification.rows
+    )
+
+
 def _shape(graph: Graph) -> tuple[int, int, int]:
     channels, height, width = graph.input_shape
     return channels, height, width
@@ -202,19 +214,50 @@ def refuse_misfit(graph: Graph, params: Params, data: DataSet) -> None:
         raise UserError(f"the network gives {classes} logits; {data.name} has {data.classes} classes")
 
 
-def _row(found: SampleVerdict, image: Tensor, right: bool, run: Logits, threat: ThreatConfig) -> Row:
-    """The verdict about the file: the cascade's, with FALSIFIED only where the file itself is wrong."""
-    bound = None if found.decided_by in SEARCHED else found.lower_bound
-    row = Row(
-        index=found.index, label=found.label, verdict=str(found.verdict),
-        lower_bound=bound if bound is not None and math.isfinite(bound) else None,
-        decided_by=found.decided_by, seconds=round(found.seconds, 6), counterexample=None,
-    )  # fmt: skip
-    if not right:
-        itself = tuple(image.flatten().tolist())
-        return replace(row, verdict=str(Verdict.FALSIFIED), decided_by=CLEAN, lower_bound=None, counterexample=itself)
-    if found.verdict != Verdict.FALSIFIED:
-        return row
-    if found.counterexample is None or objection(run, image, found.label, found.counterexample, threat) is not None:
-        return replace(row, verdict=str(Verdict.UNKNOWN), decided_by=REPLAY, lower_bound=None)
-    return replace(row, counterexample=found.counterexample)
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What is asked of a file: its own verdicts, or those of the family around it."""
+
+    graph: Graph
+    params: Params
+    run: Logits
+    threat: ThreatConfig
+    settings: VerificationSettings
+    family: Family | None
+
+    def rows(self, images: Tensor, labels: Tensor, indices: Sequence[int], right: Sequence[bool]) -> list[Row]:
+        """Rows of some samples; ``right``: whether the file itself classifies them rightly."""
+        batch = images, labels, indices, self.threat, self.settings
+        if self.family is None:
+            found = [FamilyVerdict(v) for v in verify(self.graph, self.params, *batch)]
+        else:
+            found = verify_family(self.graph, self.params, *batch, self.family)
+        return [self.row(*each) for each in zip(found, images, right, strict=True)]
+
+    def row(self, found: FamilyVerdict, image: Tensor, right: bool) -> Row:
+        """The verdict as it holds for files: FALSIFIED only where the file, or that of the member, is wrong."""
+        sample = found.sample
+        bound = None if sample.decided_by in SEARCHED else sample.lower_bound
+        row = Row(
+            index=sample.index, label=sample.label, verdict=str(sample.verdict),
+            lower_bound=bound if bound is not None and math.isfinite(bound) else None,
+            decided_by=sample.decided_by, seconds=round(sample.seconds, 6), counterexample=None,
+        )  # fmt: skip
+        if not right:
+            itself, centre = tuple(image.flatten().tolist()), None if self.family is None else Member(kind="centre")
+            return replace(
+                row, verdict=str(Verdict.FALSIFIED), decided_by=CLEAN, lower_bound=None, counterexample=itself,
+                member=centre,
+            )  # fmt: skip
+        if sample.verdict != Verdict.FALSIFIED:
+            return row
+        if sample.counterexample is None or self.objection(found, image, sample.counterexample) is not None:
+            return replace(row, verdict=str(Verdict.UNKNOWN), decided_by=REPLAY, lower_bound=None)
+        return replace(row, counterexample=sample.counterexample, member=found.member)
+
+    def objection(self, found: FamilyVerdict, image: Tensor, point: Sequence[float]) -> str | None:
+        """Why a point is no counterexample for the file (of the member), or None where it is one."""
+        if self.family is None or found.member is None or found.member.kind == "centre":
+            return objection(self.run, image, found.sample.label, point, self.threat)
+        around = Subject.of(self.graph, self.params, self.family)
+        return member_objection(around, found.member, image, found.sample.label, point, self.threat)

@@ -15,31 +15,53 @@ from cactus_ray.verification.verdict import Verdict
 
 def inconsistencies(document: Document) -> list[str]:
     """What a certificate says against itself; empty where nothing. Needs neither files nor data."""
-    found = [problem for row in document.verdicts for problem in _row_problems(row, document)]
-    data, rows = document.data, document.verdicts
-    listed = [r.index for r in rows]
-    if repeated := sorted(i for i, count in Counter(listed).items() if count > 1):
-        found.append(f"verdicts: index {_list(repeated)} stands more than once")
-    if len(set(data.indices)) < len(data.indices):
-        found.append("data.indices: an index stands more than once")
-    if missing := sorted(set(data.indices) - set(listed)):
-        found.append(f"verdicts: index {_list(missing)} of data.indices has no verdict")
-    if extra := sorted(set(listed) - set(data.indices)):
-        found.append(f"verdicts: index {_list(extra)} is not in data.indices")
-    if outside := sorted(i for i in set(listed) | set(data.indices) if i >= data.total):
-        found.append(f"index {_list(outside)} is outside of the split of {data.total} samples")
-    for name, count in (("data.indices", len(data.indices)), ("verdicts", len(rows))):
-        if count != data.samples:
-            found.append(f"data.samples: {data.samples}, but {name} has {count}")
-    if not rows:
-        return [*found, "verdicts: none"]
-    found += _differences("summary", document.summary, summarise(rows))
+    found = _table_problems(document, document.verdicts, document.summary, "")
+    found += [f"verdicts: index {r.index}: a member of a family" for r in document.verdicts if r.member is not None]
+    found += _family_problems(document)
     found += _selection_problems(document.provenance.selection)
     found += _requirement_problems(document)
     low, high = document.threat.domain
     if not low < high:
         found.append(f"threat.domain: [{low}, {high}] is not increasing")
     return found
+
+
+def _family_problems(document: Document) -> list[str]:
+    """What the part about a family says against itself, and against what is said of the file, which is a member."""
+    section = document.family
+    if section is None:
+        return []
+    found = _table_problems(document, section.verdicts, section.summary, "family.")
+    fallen = {row.index for row in document.verdicts if row.verdict == Verdict.FALSIFIED}
+    for row in section.verdicts:
+        if (row.verdict == Verdict.FALSIFIED) != (row.member is not None):
+            found.append(f"family.verdicts: index {row.index}: {row.verdict}, and the member is {row.member}")
+        if row.verdict == Verdict.CERTIFIED and row.index in fallen:
+            found.append(f"family.verdicts: index {row.index}: CERTIFIED, but the file itself is FALSIFIED there")
+    return found
+
+
+def _table_problems(document: Document, rows: Sequence[Row], summary: Summary, part: str) -> list[str]:
+    """Problems of one table of verdicts, ``part`` + "verdicts"."""
+    found = [f"{part}{problem}" for row in rows for problem in _row_problems(row, document)]
+    data = document.data
+    listed = [r.index for r in rows]
+    if repeated := sorted(i for i, count in Counter(listed).items() if count > 1):
+        found.append(f"{part}verdicts: index {_list(repeated)} stands more than once")
+    if len(set(data.indices)) < len(data.indices):
+        found.append("data.indices: an index stands more than once")
+    if missing := sorted(set(data.indices) - set(listed)):
+        found.append(f"{part}verdicts: index {_list(missing)} of data.indices has no verdict")
+    if extra := sorted(set(listed) - set(data.indices)):
+        found.append(f"{part}verdicts: index {_list(extra)} is not in data.indices")
+    if outside := sorted(i for i in set(listed) | set(data.indices) if i >= data.total):
+        found.append(f"{part}verdicts: index {_list(outside)} is outside of the split of {data.total} samples")
+    for name, count in (("data.indices", len(data.indices)), (f"{part}verdicts", len(rows))):
+        if count != data.samples:
+            found.append(f"data.samples: {data.samples}, but {name} has {count}")
+    if not rows:
+        return [*found, f"{part}verdicts: none"]
+    return found + _differences(f"{part}summary", summary, summarise(rows))
 
 
 def _differences(place: str, stated: Summary, recomputed: Summary) -> list[str]:

@@ -17,10 +17,12 @@ from typing import Any
 
 from cactus_ray import __version__
 from cactus_ray.bounds.rounding import ARITHMETICS
+from cactus_ray.compression.family import Family
 from cactus_ray.config import ThreatConfig, parse, setting
 from cactus_ray.data.sources import SOURCES
 from cactus_ray.deploy.requirements import Requirements
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.verification.member import Member
 from cactus_ray.verification.verdict import Verdict, wilson
 
 SCHEMA_VERSION = 1
@@ -125,6 +127,17 @@ class Row:
     decided_by: str = setting(doc="what decided")
     seconds: float = setting(doc="time spent", minimum=0.0)
     counterexample: tuple[float, ...] | None = setting(None, doc="an input that is classified wrongly, flattened")
+    member: Member | None = setting(None, doc="of a family: which member classifies the counterexample wrongly")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilySection:
+    """Verdicts on every network around the certified file at once; samples, threat and settings are the document's."""
+
+    family: Family = setting(doc="which networks: how far their weights are from the file's")
+    members: str = setting(doc="the same in words")
+    summary: Summary = setting(doc="figures of the verdicts")
+    verdicts: tuple[Row, ...] = setting(doc="one verdict per sample, each about all members")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,18 +167,27 @@ class Document:
     summary: Summary = setting(doc="figures of the verdicts")
     verdicts: tuple[Row, ...] = setting(doc="one verdict per sample")
     provenance: Provenance = setting(doc="where the network comes from")
+    family: FamilySection | None = setting(None, doc="verdicts on every rounding of the file's weights at once")
 
 
 def to_json(document: Document) -> str:
     """Text of ``certificate.json``: one part, and one verdict, per line; no NaN.
 
-    ``counterexample`` stands only where there is one; other values that are unknown are null.
+    ``counterexample``, ``member`` and ``family`` stand only where there is one; other values that are unknown are null.
     """
     plain = asdict(document)
-    rows = [{k: v for k, v in row.items() if k != "counterexample" or v is not None} for row in plain["verdicts"]]
+    if plain["family"] is None:
+        del plain["family"]
+    else:
+        plain["family"]["verdicts"] = [_present(row) for row in plain["family"]["verdicts"]]
+    rows = [json.dumps(_present(row), allow_nan=False) for row in plain["verdicts"]]
     parts = {key: json.dumps(value, allow_nan=False) for key, value in plain.items()}
-    parts["verdicts"] = "[\n  " + ",\n  ".join(json.dumps(row, allow_nan=False) for row in rows) + "\n ]"
+    parts["verdicts"] = "[\n  " + ",\n  ".join(rows) + "\n ]"
     return "{\n" + ",\n".join(f' "{key}": {value}' for key, value in parts.items()) + "\n}\n"
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k not in ("counterexample", "member") or v is not None}
 
 
 def read(path: Path) -> Document:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cactus_ray.compression.family import Family
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.deploy import certificate as certify
 from cactus_ray.deploy import document as doc
@@ -57,6 +58,8 @@ class PickResult:
         found = self.choice.lines()
         for split, summary in (("selection", self.selection), (self.document.data.split, self.document.summary)):
             found.append(f"{split} split: {doc.sentence(summary)}")
+        if (whole := self.document.family) is not None:
+            found.append(f"{self.document.data.split} split, {whole.members}: {doc.sentence(whole.summary)}")
         figures = doc.measured(self.document)
         limits = self.choice.requirements.limits()
         found += [
@@ -72,6 +75,7 @@ class PickResult:
             "choice": self.choice.to_json(), "folder": str(self.folder), "met": self.met, "not_met": list(self.not_met),
             "selection": asdict(self.selection), self.document.data.split: asdict(self.document.summary),
             "bytes": self.document.file.bytes, "sha256": self.document.file.sha256,
+            **({"family": asdict(whole.summary)} if (whole := self.document.family) is not None else {}),
             "test_split_uses": self.document.provenance.test_split_uses,
         }  # fmt: skip
 
@@ -85,17 +89,21 @@ def pick(
     settings: VerificationSettings | None = None,
     root: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    family: Callable[[str], Family] | None = None,
 ) -> PickResult:
     """Choose on the selection split, write the files of that one network, certify its file on the test split.
 
     ``samples``: certify only a fixed random subset of the test split; ``settings``: default, those of the study;
-    ``root``: folder of the data set, default the study's. Raises NothingFits (and then neither reads the test split nor
-    writes anything) and UserError; a folder ``out`` that holds anything but an earlier pick is refused.
+    ``root``: folder of the data set, default the study's. ``family`` gives, by level, a family around the file whose
+    members are certified all at once, too; it may refuse the level (ConfigError). Raises NothingFits (and then neither
+    reads the test split nor writes anything) and UserError; a folder ``out`` that holds anything but an earlier pick is
+    refused.
     """
     refuse_foreign(out)
     records = read_records(run)
     choice = choose(records.points(), requirements)
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
+    around = None if family is None else family(level)
     config = parse(RunConfig, trial.config)
     data = config.data if root is None else replace(config.data, root=root)
     network = _checkpoint(run, trial)
@@ -109,6 +117,11 @@ def pick(
         deployed.file, data, "test", config.threat, settings, samples=samples, progress=progress
     )
     _same_weights(deployed, found)
+    whole = None
+    if around is not None:
+        whole = certify.family_section(certify.certify_file(
+            deployed.file, data, "test", config.threat, settings, samples=samples, progress=progress, family=around
+        ), around)  # fmt: skip
     selection = selection_figures(choice.point)
     provenance = doc.Provenance(
         study=records.study.get("name"), trial=trial.id, config_hash=trial.config_hash,
@@ -116,7 +129,7 @@ def pick(
         selection=selection, requirements=requirements,
     )  # fmt: skip
     name = config.model.name or str(config.model.factory)
-    document = certify.document(found, name, level, provenance, dense_bytes=dense)
+    document = replace(certify.document(found, name, level, provenance, dense_bytes=dense), family=whole)
     not_met = tuple(unmet(doc.measured(document), requirements))
     document = replace(document, provenance=replace(provenance, not_met=not_met))
     compressed = Network(found.graph, found.params, config, found.class_names, {"trial": trial.id, "level": level})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,14 @@ from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, parse
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.deploy import document as doc
+from cactus_ray.deploy.again import ample_settings, of_family, of_file
 from cactus_ray.deploy.consistency import inconsistencies
-from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
-from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.deploy.replay import Logits, answers, margins, parity, runner
+from cactus_ray.errors import UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import load as load_network
-from cactus_ray.verification.cascade import verify
-from cactus_ray.verification.soundness import SoundnessError
-from cactus_ray.verification.verdict import Verdict, VerificationSettings
 
 MODEL, TENSORS = "model.onnx", "model.safetensors"
-BOUND_TOLERANCE = 1e-6
-"""How much larger, relative to itself (at least 1), a stated lower bound may be than the recomputed one: machines sum
-in other orders."""
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -100,11 +94,19 @@ def check(folder: Path, *, root: str | None = None, progress: Progress | None = 
     if classes != (len(document.network.classes),):
         findings.append(f"model.onnx: gives {classes} logits; network.classes has {len(document.network.classes)}")
         return CheckReport(folder, tuple(findings), document)
-    rows = _addressed(document, labels, findings)
+    settings = ample_settings(document, findings)
+    about = deployed.graph, deployed.params, deployed.run
+    itself, family = of_file(*about, document.threat, settings), of_family(*about, document, settings)
+    rows = itself.addressed(document.verdicts, labels)
     try:
         accuracy = _accuracy(document, rows, images, labels, deployed, findings)
-        replayed = _replay(document, rows, images, deployed.run, findings)
-        again = _certify(document, rows, images, labels, deployed, findings, progress)
+        replayed, again = itself.recompute(rows, images, labels, progress)
+        findings += itself.findings
+        if family is not None and document.family is not None:
+            rows = family.addressed(document.family.verdicts, labels)
+            more = family.recompute(rows, images, labels, progress)
+            replayed, again = replayed + more[0], again + more[1]
+            findings += family.findings
     except UserError as error:  # the file loads, but does not run or runs as another network than was read
         return CheckReport(folder, (*findings, str(error)), document)
     return CheckReport(folder, tuple(findings), document, again, replayed, accuracy)
@@ -195,18 +197,6 @@ def _tensors(path: Path, deployed: _Deployed, document: doc.Document) -> list[st
     return found
 
 
-def _addressed(document: doc.Document, labels: Tensor, findings: list[str]) -> list[doc.Row]:
-    """The rows that name a sample of the split, each once; wrong labels are findings and then not relied on."""
-    rows = {row.index: row for row in document.verdicts if row.index < len(labels)}
-    found = []
-    for row in rows.values():
-        label = int(labels[row.index])
-        if row.label != label:
-            findings.append(f"verdicts: index {row.index}: label {row.label}, but the sample has {label}")
-        found.append(replace(row, label=label))
-    return found
-
-
 def _accuracy(
     document: doc.Document, rows: list[doc.Row], images: Tensor, labels: Tensor, deployed: _Deployed,
     findings: list[str],
@@ -228,75 +218,3 @@ def _accuracy(
                 f"verdicts: index {row.index}: decided by {row.decided_by!r}, but the file classifies it {answer}"
             )
     return accuracy
-
-
-def _replay(document: doc.Document, rows: list[doc.Row], images: Tensor, run: Logits, findings: list[str]) -> int:
-    """Replay every counterexample; returns how many hold."""
-    held = 0
-    for row in rows:
-        if row.verdict != Verdict.FALSIFIED or row.counterexample is None:
-            continue
-        reason = objection(run, images[row.index], row.label, row.counterexample, document.threat)
-        if reason is None:
-            held += 1
-        else:
-            findings.append(f"verdicts: index {row.index}: the counterexample {reason}")
-    return held
-
-
-def _certify(
-    document: doc.Document, rows: list[doc.Row], images: Tensor, labels: Tensor, deployed: _Deployed,
-    findings: list[str], progress: Progress | None,
-) -> int:  # fmt: skip
-    """Certify every CERTIFIED sample again; returns how many are. Time is ample: a limit is no evidence."""
-    settings = _settings(document, findings)
-    claimed, held = [row for row in rows if row.verdict == Verdict.CERTIFIED], 0
-    for start in range(0, len(claimed), settings.batch_size):
-        part = claimed[start : start + settings.batch_size]
-        indices = [row.index for row in part]
-        chosen = torch.tensor(indices)
-        try:
-            found = verify(
-                deployed.graph, deployed.params, images[chosen], labels[chosen], indices, document.threat, settings
-            )
-        except SoundnessError as error:
-            findings.append(f"verdicts: the verifier contradicts itself: {error}")
-            continue
-        for row, again in zip(part, found, strict=True):
-            held += again.verdict == Verdict.CERTIFIED
-            findings += _compare(row, again.verdict, again.decided_by, again.lower_bound)
-        if progress is not None:
-            progress("certifying again", start + len(part), len(claimed))
-    return held
-
-
-def _settings(document: doc.Document, findings: list[str]) -> VerificationSettings:
-    """The settings with ample time, with attacks no stronger than usual, in the arithmetic that is claimed.
-
-    Attacks can only find what is false; a stranger's certificate must not make them run for hours. Branch and bound
-    gets several times what it had, because it is slower on a busy machine; no other stage has a limit.
-    """
-    usual = VerificationSettings()
-    try:
-        stated = parse(VerificationSettings, document.engine.settings, "engine.settings")
-    except ConfigError as error:
-        findings.append(str(error))
-        stated = usual
-    arithmetic = document.soundness.arithmetic
-    if document.engine.settings.get("arithmetic", "real") != arithmetic:
-        findings.append(f"soundness.arithmetic: {arithmetic}, but engine.settings decided in another one")
-    seconds = min(5.0 * (stated.seconds_per_sample or 10.0), 600.0) if stated.bound == "branch" else 0.0
-    return replace(
-        stated, arithmetic=arithmetic, seconds_per_sample=seconds,
-        attack_steps=min(stated.attack_steps, usual.attack_steps), restarts=min(stated.restarts, usual.restarts),
-    )  # fmt: skip
-
-
-def _compare(row: doc.Row, verdict: Verdict, decided_by: str, bound: float | None) -> list[str]:
-    place = f"verdicts: index {row.index}"
-    if verdict != Verdict.CERTIFIED:
-        return [f"{place}: CERTIFIED, but the file's weights give {verdict} (decided by {decided_by})"]
-    stated = row.lower_bound
-    if stated is not None and bound is not None and stated > bound + BOUND_TOLERANCE * max(1.0, abs(bound)):
-        return [f"{place}: lower bound {stated}, but the file's weights give only {bound}"]
-    return []

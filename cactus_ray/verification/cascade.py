@@ -51,6 +51,7 @@ def verify(
     settings: VerificationSettings,
     *,
     known: Mapping[int, Sequence[Tensor]] | None = None,
+    radii: Params | None = None,
 ) -> list[SampleVerdict]:
     """Verdicts on images [N, C, H, W] (float32, inside the domain) in their order.
 
@@ -58,6 +59,7 @@ def verify(
     samples in their split; random numbers depend on (settings.seed, index) only, so verdicts do not depend on how
     samples are divided into calls or batches (but for time limits, and rounding of batched float32 attacks).
     ``known``: images by index that may be counterexamples, e.g. of another level of the same network; tried first.
+    ``radii`` (float64, see ``Rounding.of``): CERTIFIED holds for every network whose weights are that close.
 
     CERTIFIED in ``settings.arithmetic``, by bounds in float64 whose own rounding our own engine charges; a
     misclassified sample is FALSIFIED by itself; other counterexamples replay in float32 and float64. Time-out, lack of
@@ -66,7 +68,7 @@ def verify(
     """
     _check_input(graph, images, labels, indices, threat)
     model = Model.of(graph, params)
-    rounding = Rounding.of(graph, model.double, settings.arithmetic)
+    rounding = Rounding.of(graph, model.double, settings.arithmetic, radii)
     engine = bind(settings.engine, graph, model.double, rounding)
     verdicts: list[SampleVerdict] = []
     with exact_arithmetic(model.device):

@@ -19,6 +19,7 @@ from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.linear import Effort
 from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.bounds.rows import Rows
+from cactus_ray.errors import UserError
 from cactus_ray.verification.verdict import ENGINES
 
 
@@ -125,13 +126,15 @@ class CactusEngine:
 def bind(name: str, graph: Graph, params: Params, rounding: Rounding | None = None) -> Engine:
     """The engine of that name (one of ``ENGINES``), bound to a network. Only our own charges ``rounding``.
 
-    Raises UserError where auto_LiRPA is wanted and not installed, UnsupportedGraphError where it cannot bound the
-    network.
+    Raises UserError where auto_LiRPA is wanted and not installed or weights have radii, UnsupportedGraphError where it
+    cannot bound the network.
     """
     if name not in ENGINES:
         raise ValueError(f"engine {name!r}; expected one of {', '.join(ENGINES)}")
     if name == "cactus":
         return CactusEngine(graph, params, rounding)
+    if rounding is not None and rounding.radii:
+        raise UserError(f"engine {name!r} does not know weights up to a radius; expected engine cactus for a family")
     from cactus_ray.verification import lirpa  # only who asks for it needs it installed
 
     return lirpa.LirpaEngine(graph, params)

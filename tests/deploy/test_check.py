@@ -12,7 +12,7 @@ from deploy_support import DIGITS, EPSILON, QUICK
 
 from cactus_ray.config import ThreatConfig
 from cactus_ray.data import load
-from cactus_ray.deploy import certificate, recheck, replay
+from cactus_ray.deploy import again, certificate, recheck, replay
 from cactus_ray.deploy.certificate import certify_file, check
 from cactus_ray.deploy.document import summarise
 from cactus_ray.deploy.export import PickResult, pick
@@ -322,14 +322,14 @@ def test_no_certificate_at_all(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_cannot_be_certified_again(picked: PickResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = recheck.verify
+    real = again.verify
 
     def forgetful(*arguments: Any) -> list[SampleVerdict]:
         first, *rest = real(*arguments)
         lost = dataclasses.replace(first, verdict=Verdict.UNKNOWN, lower_bound=None, decided_by="out_of_memory")
         return [lost, *rest]
 
-    monkeypatch.setattr(recheck, "verify", forgetful)
+    monkeypatch.setattr(again, "verify", forgetful)
     assert "CERTIFIED, but the file's weights give UNKNOWN (decided by out_of_memory)" in found(picked.folder)
 
 
@@ -411,13 +411,13 @@ def test_bounds_in_real_arithmetic_do_not_pass_for_float32(run_folder: Path, tmp
 def test_it_is_verified_again_in_the_arithmetic_that_it_claims(
     picked: PickResult, edit: Edit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true, seen = recheck.verify, set()
+    true, seen = again.verify, set()
 
     def watch(*arguments: Any) -> list[SampleVerdict]:
         seen.add(arguments[-1].arithmetic)
         return true(*arguments)
 
-    monkeypatch.setattr(recheck, "verify", watch)
+    monkeypatch.setattr(again, "verify", watch)
     assert check(picked.folder).ok
     assert seen == {"float32"}
     assert "decided in another one" in found(edit(lambda p: p["soundness"].update(arithmetic="real")))
