@@ -26,7 +26,7 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 
 OPERATORS = (
     "input", "conv2d", "linear", "batch_norm", "scale_shift", "relu", "leaky_relu", "max_pool2d", "avg_pool2d",
-    "flatten", "add",
+    "flatten", "add", "quantize",
 )  # fmt: skip
 RELUS = ("relu", "leaky_relu")
 """Operators that keep what is positive and multiply what is negative by ``slope_of``."""
@@ -40,7 +40,8 @@ class Node:
     Attributes by operator (pairs are (height, width)):
     conv2d: stride, padding, dilation (pairs), groups; batch_norm: eps, momentum;
     leaky_relu: slope, between 0 and 1; max_pool2d: kernel, stride, padding (pairs);
-    avg_pool2d: kernel, stride, padding (pairs), count_include_pad.
+    avg_pool2d: kernel, stride, padding (pairs), count_include_pad;
+    quantize: scale (a float32 number > 0), zero_point, and the smallest and largest code low and high.
     """
 
     name: str
@@ -94,13 +95,15 @@ class Graph:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Graph:
-        """Inverse of ``to_json``. Raises UnsupportedGraphError for an operator that is not ours."""
+        """Inverse of ``to_json``. Raises UnsupportedGraphError for what is not ours."""
         nodes = []
         for name, op, inputs, attributes in data["nodes"]:
             if op not in OPERATORS:
                 raise UnsupportedGraphError(f"operator {op!r} of node {name!r} is not one of {', '.join(OPERATORS)}")
             pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in attributes.items()}
             nodes.append(Node(name, op, tuple(inputs), pairs))
+            if op == "quantize":
+                _check_quantiser(nodes[-1])
         return Graph(tuple(nodes), tuple(data["input_shape"]))
 
 
@@ -196,6 +199,8 @@ def apply_node(node: Node, params: Params, inputs: list[Tensor], statistics: Sta
             return x.flatten(1)
         case "add":
             return inputs[0] + inputs[1]
+        case "quantize":
+            return quantize(node, x)
     raise UnsupportedGraphError(f"operator {node.op!r} of node {node.name!r}")
 
 
@@ -218,6 +223,44 @@ def conv2d(node: Node, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def avg_pool2d(node: Node, x: Tensor) -> Tensor:
     """The node's average pooling of ``x``."""
     return F.avg_pool2d(x, node["kernel"], node["stride"], node["padding"], count_include_pad=node["count_include_pad"])
+
+
+def quantize(node: Node, x: Tensor) -> Tensor:
+    """``x`` as the node's codes tell it: ``(saturate(round_half_even(x / scale) + zero_point) - zero_point) * scale``.
+
+    The gradient goes straight through, and is 0 where a code saturates. NaN stays NaN.
+    """
+    found: Tensor = _Staircase.apply(x, node["scale"], *code_range(node))  # type: ignore[no-untyped-call]
+    return found
+
+
+def code_range(node: Node) -> tuple[int, int]:
+    """The smallest and largest code of a ``quantize`` node, counted from its zero point."""
+    return node["low"] - node["zero_point"], node["high"] - node["zero_point"]
+
+
+def _check_quantiser(node: Node) -> None:
+    """Raises UnsupportedGraphError for numbers for which the bounds would not be sound."""
+    scale, low, zero_point, high = (node.attributes.get(key) for key in ("scale", "low", "zero_point", "high"))
+    right = isinstance(scale, float) and 0 < scale < float("inf")
+    codes = [c for c in (low, zero_point, high) if isinstance(c, int)]
+    if not right or len(codes) < 3 or codes != sorted(codes) or low == high:
+        raise UnsupportedGraphError(
+            f"quantiser {node.name!r} with {dict(node.attributes)}; expected scale > 0 and low <= zero_point <= high"
+        )
+
+
+class _Staircase(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
+        units = x / scale
+        ctx.save_for_backward((units >= low) & (units <= high))
+        return torch.round(units).clamp(low, high) * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
 
 
 def _float_dtype(params: Params) -> torch.dtype:

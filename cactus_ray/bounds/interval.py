@@ -107,7 +107,7 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
             return Box(apply_node(node, params, [x.center], statistics), x.radius * per_channel(scale.abs(), x.radius))
         case "relu":  # monotone: ends go to ends, which are new tensors
             return Box.between(x.lower.relu_(), x.upper.relu_())
-        case "leaky_relu" | "max_pool2d":
+        case "leaky_relu" | "max_pool2d" | "quantize":
             return Box.between(apply_node(node, params, [x.lower]), apply_node(node, params, [x.upper]))
         case "avg_pool2d":
             return Box(avg_pool2d(node, x.center), avg_pool2d(node, x.radius))

@@ -17,7 +17,8 @@ from cactus_ray.bounds import interval
 from cactus_ray.bounds.adjoint import pull_linear, unbroadcast
 from cactus_ray.bounds.graph import RELUS, Graph, Params
 from cactus_ray.bounds.interval import Box
-from cactus_ray.bounds.relaxation import Relaxation, relax
+from cactus_ray.bounds.quantizer import on_input, relax_quantize
+from cactus_ray.bounds.relaxation import RELAXED, Relaxation, relax
 from cactus_ray.bounds.rounding import UNDERFLOW, Rounding
 from cactus_ray.bounds.rows import Rows, Shape, unit_rows
 from cactus_ray.bounds.spread import Spread, spreads
@@ -30,7 +31,7 @@ LEAST_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much work goes into the bounds of the nodes before a ReLU or a max pooling.
+    """How much work goes into the bounds of the nodes before a ReLU, a max pooling or a quantiser.
 
     ``intermediate``: "ibp", or "crown": CROWN on unstable neurons, intersected with IBP.
     ``rows``: neurons of one node and sample that CROWN bounds (the loosest first); the others keep IBP's bounds.
@@ -96,7 +97,7 @@ def intermediate_boxes(
 ) -> dict[str, Box]:
     """Boxes of all nodes but the output, by name, over the input box.
 
-    Nodes are boxed in order, each from the tightened boxes before it. Where a ReLU or max pooling reads a node whose
+    Nodes are boxed in order, each from the tightened boxes before it. Where a node that is not linear reads one whose
     interval bounds are not exact, CROWN bounds its unstable neurons and the two are intersected. ``rounding``: boxes of
     what is computed in its arithmetic.
     """
@@ -110,9 +111,10 @@ def intermediate_boxes(
             step = interval.step if rounding is None else rounding.step
             boxes[node.name] = step(node, params, inputs)
         kinds = {reader.op for reader in readers[node.name]}
+        kinds -= {"quantize"} if node.op in RELUS else set()  # bounded from what the ReLU reads
         late = effort.deadline is not None and time.perf_counter() >= effort.deadline
-        if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {*RELUS, "max_pool2d"} and not late:
-            looseness = _looseness(boxes[node.name], pooled="max_pool2d" in kinds)
+        if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {*RELAXED} and not late:
+            looseness = _looseness(boxes[node.name], pooled=bool(kinds & {"max_pool2d", "quantize"}))
             relaxed = Relaxed.on(graph, params, boxes, node.name, rounding)
             boxes[node.name] = _tighten(relaxed, boxes[node.name], looseness, effort)
             if rounding is not None:
@@ -139,7 +141,7 @@ def _mixing(graph: Graph) -> dict[str, int]:
 
 
 def _looseness(box: Box, pooled: bool) -> Tensor:
-    """What tighter bounds of a neuron are worth [N, F]: 0 for a stable ReLU; a max pooling wants them all narrow."""
+    """What tighter bounds of a neuron are worth [N, F]: 0 for a stable ReLU; other readers want them all narrow."""
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     return upper - lower if pooled else torch.minimum(upper, -lower).clamp(min=0)
 
@@ -173,7 +175,7 @@ def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> B
 
 @dataclass(frozen=True, slots=True)
 class Relaxed:
-    """The network up to node ``last`` with every ReLU and max pooling replaced by linear bounds, for N input boxes.
+    """The network up to node ``last`` with every node that is not linear replaced by linear bounds, for N input boxes.
 
     ``charges`` [N, *shape] by node: what rounding, and weights within radii, cost per unit of a coefficient of that
     node's output. ``spreads`` by node: what may be taken back of the latter.
@@ -196,8 +198,13 @@ class Relaxed:
         shapes = {name: tuple(b.center.shape[1:]) for name, b in boxes.items()}
         found: dict[str, Relaxation] = {}
         for node in graph.nodes:
-            if node.op in (*RELUS, "max_pool2d"):
-                found[node.name] = relax(node, boxes[node.inputs[0]])
+            if node.op in RELAXED:
+                box = boxes[node.inputs[0]]
+                if node.op == "quantize":
+                    widening = rounding.widening(node, box) if rounding else 0.0
+                    found[node.name] = relax_quantize(node, box, widening, independent=on_input(graph, node))
+                else:
+                    found[node.name] = relax(node, box)
             if node.name == last:
                 break
         charges = {} if rounding is None else rounding.charges(graph, params, boxes)

@@ -1,4 +1,4 @@
-"""Linear relaxations of the nodes that are not linear: ReLU and max pooling.
+"""Linear relaxations of the nodes that are not linear: ReLU and max pooling here, quantisers in ``quantizer``.
 
 Each is a pair of linear functions below and above the node on a box of its input, sound as rounded. A NaN or
 infinite box gives NaN slopes, so the bounds that use them are NaN and prove nothing.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import RELUS, Node, slope_of
 from cactus_ray.bounds.interval import Box
+from cactus_ray.bounds.quantizer import QuantizeRelaxation
 from cactus_ray.bounds.rows import Rows, Shape, contract
 
 
@@ -65,8 +66,10 @@ class MaxPoolRelaxation:
         return MaxPoolRelaxation(*(t[samples] for t in (self.below, self.above, self.slope, self.intercept)))
 
 
-Relaxation = ReluRelaxation | MaxPoolRelaxation
+Relaxation = ReluRelaxation | MaxPoolRelaxation | QuantizeRelaxation
 
+RELAXED = (*RELUS, "max_pool2d", "quantize")
+"""The operators that are not linear."""
 SLACK = 16.0
 """Machine epsilons of the largest term by which the line above is lifted: it stays above although its slope, its
 intercept and the ends of its box are rounded. Less than half of it is needed; the rest pays for sums of intercepts."""

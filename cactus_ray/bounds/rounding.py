@@ -36,6 +36,11 @@ such a member computes ``y_k = W x + b + D x + d_k`` with ``|D x| <= R |x|_max``
 the same charge. That sum is rounded by at most g times itself and is multiplied by ``1 + k``, which is more. Linear
 bounds take a part of the charge back where it varies with the input (``spread.py``).
 
+*Quantisers.* A quantiser turns a rounding error near a tie into a whole step, so its inputs are moved outward by all of
+them before (``widening``): the roundings of ``value / scale + zero_point``, each of which is relative to a term of at
+most ``quantizer.MOST_UNITS`` scales near a tie. A layer behind quantisers may run as one kernel of integers, whose sums
+are exact: then its charge stands for the roundings of the scales instead (``quantizer.FUSED_ROUNDINGS``).
+
 *Range.* Overflow is excluded: where ``max S_k`` is not below 2^126 the charge is infinite and nothing is proved.
 Underflow, also where results or operands are flushed to zero, is charged by absolute terms.
 """
@@ -44,13 +49,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cactus_ray.bounds import interval
+from cactus_ray.bounds import interval, quantizer
 from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, batch_norm_affine, slope_of
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.spread import check_radii, widened
@@ -112,6 +117,7 @@ class Rounding:
         largest = {k: v.abs() + radii[k] if k in radii else v for k, v in params.items()}
         own = torch.finfo(next(iter(params.values())).dtype)
         counts, shapes, readers = _chained(graph, params), graph.shapes(params), graph.consumers()
+        fixed_point = {n.name: quantizer.fixed_point_error(graph, n) if deployed else 0.0 for n in graph.nodes}
         nodes = {}
         for node in graph.nodes:
             terms = max(math.prod(shapes[node.name]), *_fans(node, params)) + 16 + 4 * len(graph.nodes)
@@ -120,7 +126,8 @@ class Rounding:
             relative = (gamma(counts[node.name], deployed) + inner) * (1 + inner)
             smallest = 2.0**-126 if deployed else own.tiny
             factors = relative, inner, 4 * terms * smallest
-            nodes[node.name] = _constants(node, largest, len(shapes[node.name]), factors)
+            found = _constants(node, largest, len(shapes[node.name]), factors)
+            nodes[node.name] = replace(found, offset=found.offset + fixed_point[node.name])
         shared = frozenset(
             n.name
             for n in graph.nodes
@@ -137,10 +144,22 @@ class Rounding:
             radius = out.radius + self._constant(terms, inputs, out.center)
             spread = self._spread(node, [magnitude(x) for x in inputs])
             return Box(out.center, radius if spread is None else radius + spread)
+        if node.op == "quantize":
+            out = self.stairs(node, inputs[0])
+            return self.seal(Box(out.center, out.radius + terms.relative * magnitude(out)))
         out = interval.step(node, params, inputs)
         if node.op == "leaky_relu":
             out = Box(out.center, out.radius + terms.relative * slope_of(node) * magnitude(inputs[0]))
         return self.seal(out)
+
+    def widening(self, node: Node, box: Box) -> Tensor:
+        """By how much a value in the box of a quantiser's input may seem another one to it [N, *shape]."""
+        near_ties: float = quantizer.MOST_UNITS * node["scale"]
+        return self.nodes[node.name].relative * (magnitude(box) + near_ties)
+
+    def stairs(self, node: Node, box: Box) -> Box:
+        """What a quantiser may give for any value in the box of its input, its product with the scale taken exactly."""
+        return interval.step(node, {}, [Box(box.center, box.radius + self.widening(node, box))])
 
     def seal(self, box: Box) -> Box:
         """The box widened by the rounding of its two ends and of their change to center and radius."""
@@ -159,6 +178,9 @@ class Rounding:
             return charge if (spread := self._spread(node, sizes)) is None else charge + spread
         if node.op == "input":
             return terms.own * sizes[0]
+        if node.op == "quantize":  # the product with the scale; the rounding of slopes and intercepts
+            out = magnitude(self.stairs(node, inputs[0]))
+            return terms.relative * out + terms.own * (sizes[0] + out + float(node["scale"]))
         if node.op == "max_pool2d":
             return terms.own * F.max_pool2d(sizes[0], node["kernel"], node["stride"], node["padding"])
         share = terms.own if node.name in self.shared else 0.0
@@ -226,6 +248,8 @@ def _roundings(node: Node, params: Params) -> int:
             return 2
         case "add":
             return 1
+        case "quantize":
+            return quantizer.QUANTISE_ROUNDINGS
     return 0
 
 
@@ -237,9 +261,11 @@ def _chained(graph: Graph, params: Params) -> dict[str, int]:
         if node.op in FOLDED:
             linked = {group[i] for i in node.inputs if graph[i].op in AFFINE}
             group = {name: node.name if g in linked else g for name, g in group.items()}
+    codes = quantizer.on_codes(graph)
     total: dict[str, int] = {}
     for node in graph.nodes:
-        total[group[node.name]] = total.get(group[node.name], 0) + _roundings(node, params)
+        fused = quantizer.FUSED_ROUNDINGS if node.name in codes else 0
+        total[group[node.name]] = total.get(group[node.name], 0) + _roundings(node, params) + fused
     return {name: total[g] for name, g in group.items()}
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, slope_of
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, apply_node, slope_of
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.linear import Relaxed
+from cactus_ray.bounds.quantizer import QuantizeRelaxation
 from cactus_ray.bounds.relaxation import MaxPoolRelaxation, Relaxation, ReluRelaxation, relax
 from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.bounds.rows import Rows, Shape
@@ -115,8 +116,8 @@ class Root:
     def on(network: Network, boxes: Mapping[str, Box], last: str) -> Root:
         """``boxes`` as of ``linear.intermediate_boxes``, with the network's rounding."""
         relaxed = Relaxed.on(network.graph, network.params, boxes, last, network.rounding)
-        pools = {name: r for name, r in relaxed.relaxations.items() if isinstance(r, MaxPoolRelaxation)}
-        relaxed = replace(relaxed, relaxations=pools)  # ReLUs are relaxed anew in every problem
+        others = {name: r for name, r in relaxed.relaxations.items() if not isinstance(r, ReluRelaxation)}
+        relaxed = replace(relaxed, relaxations=others)  # ReLUs are relaxed anew in every problem
         neurons = Neurons.of(network.graph, relaxed.shapes, last)
         padding = relaxed.box.center.new_zeros(len(relaxed.box.center), 1)
         inputs = [boxes[node.inputs[0]] for node, *_ in neurons.nodes]
@@ -184,13 +185,19 @@ class Region:
         low, high = halves(root, problems)
         at_low, at_high = low.gather(1, problems.index), high.gather(1, problems.index)
         found: list[ReluRelaxation] = []
+        base = root.relaxed.select(problems.sample)
+        relaxations = dict(base.relaxations)
         for node, shape, first, end in root.neurons.nodes:
             sides = [side[:, first:end].view(-1, *shape) for side in (low, high)]
             relaxation = relax(node, Box.between(*sides))
             assert isinstance(relaxation, ReluRelaxation)
             found.append(relaxation)
+            for name, other in relaxations.items():  # quantisers know what is left of the ReLU before them
+                if isinstance(other, QuantizeRelaxation) and node.name in other.node.inputs:
+                    ends = [apply_node(node, {}, [side]) for side in sides]
+                    relaxations[name] = other.over(Box.between(*ends))
         return Region(
-            root.relaxed.select(problems.sample),
+            replace(base, relaxations=relaxations),
             root.neurons,
             problems.rows,
             problems.index,
@@ -272,11 +279,12 @@ def halves(root: Root, problems: Problems) -> tuple[Tensor, Tensor]:
 def _cast(relaxed: Relaxed, params: Params) -> Relaxed:
     """The relaxation in float32; its ReLUs are replaced anyway."""
     box = Box(relaxed.box.center.float(), relaxed.box.radius.float())
-    pools: dict[str, Relaxation] = {
-        name: MaxPoolRelaxation(r.below, r.above, r.slope.float(), r.intercept.float())
-        for name, r in relaxed.relaxations.items()
-        if isinstance(r, MaxPoolRelaxation)
-    }
+    others: dict[str, Relaxation] = {}
+    for name, r in relaxed.relaxations.items():
+        if isinstance(r, MaxPoolRelaxation):
+            others[name] = MaxPoolRelaxation(r.below, r.above, r.slope.float(), r.intercept.float())
+        elif isinstance(r, QuantizeRelaxation):
+            others[name] = r.map(Tensor.float)
     charges = {name: charge.float() for name, charge in relaxed.charges.items()}
     wide = {name: spread.single() for name, spread in relaxed.spreads.items()}
-    return replace(relaxed, params=params, box=box, relaxations=pools, charges=charges, spreads=wide)
+    return replace(relaxed, params=params, box=box, relaxations=others, charges=charges, spreads=wide)

@@ -2,7 +2,8 @@
 
 ``dense``, or up to three steps in this order, joined by ``+``: ``prune:FAMILY:SPARSITY``, ``rebn``, and one of the
 number formats in ``FORMATS``: ``int4`` is symmetric with one scale per output channel, ``int4:tensor`` has one scale
-per tensor, ``int4:affine`` an integer zero point, ``int4:tensor:affine`` both.
+per tensor, ``int4:affine`` an integer zero point, ``int4:tensor:affine`` both. These change weights only; ``w8a8`` is
+integer inference: weights as in ``int8``, and activations are rounded as well.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from cactus_ray.errors import ConfigError
 INTEGER_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "ternary": 2}
 _AFFINE = ("int8", "int6", "int5", "int4", "int3", "int2")  # of 2 bits, it has four codes and not three
 _BITS = INTEGER_BITS | {"int2": 2}
+INTEGER_INFERENCE = "w8a8"
 FORMATS = (
     "fp16", "bf16", *INTEGER_BITS,
     *(f"{name}:tensor" for name in INTEGER_BITS),
     *(f"{name}{scales}:affine" for scales in ("", ":tensor") for name in _AFFINE),
+    INTEGER_INFERENCE,
 )  # fmt: skip
 
 _NUMBER = re.compile(r"(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -48,8 +51,8 @@ class Level:
 
     @property
     def bits(self) -> int | None:
-        """Bits of an integer code, or None where weights are stored as floating point."""
-        return _BITS.get((self.quantise or "").partition(":")[0])
+        """Bits of a weight's integer code, or None where weights are stored as floating point."""
+        return 8 if self.integer_inference else _BITS.get((self.quantise or "").partition(":")[0])
 
     @property
     def per_tensor(self) -> bool:
@@ -62,6 +65,11 @@ class Level:
         return (self.quantise or "").endswith(":affine")
 
     @property
+    def integer_inference(self) -> bool:
+        """Whether activations are quantised as well, with static scales, so that layers compute in integers."""
+        return self.quantise == INTEGER_INFERENCE
+
+    @property
     def structured(self) -> bool:
         """Whether whole channels are removed."""
         return self.prune_family is not None and self.prune_family[1] == "s"
@@ -69,7 +77,8 @@ class Level:
     @property
     def needs_calibration(self) -> bool:
         """Whether materialising needs calibration images."""
-        return self.rebn or (self.prune_family is not None and self.prune_family.endswith("-grad"))
+        by_gradient = self.prune_family is not None and self.prune_family.endswith("-grad")
+        return self.rebn or self.integer_inference or by_gradient
 
 
 def parse_level(text: object, path: str = "level") -> Level:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Node, Params
+from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.compression import calibration as calibrate
 from cactus_ray.compression import prune
+from cactus_ray.compression.activations import integer_network
 from cactus_ray.compression.channels import channel_groups, is_depthwise
 from cactus_ray.compression.levels import Level
 from cactus_ray.compression.quantize import dequantize, quantize, quantize_affine
@@ -22,8 +24,9 @@ class Stored:
     """One tensor as the file holds it.
 
     kind: "float32", "float16", "bfloat16" (``values`` of that dtype) or "integer" (``values`` int8 codes of ``bits``
-    bits, ``scale`` float32 [out] or [1]; the tensor is ``float32(code) * scale``; with a ``zero_point``, uint8 like the
-    scale, ``values`` are the uint8 codes of ``quantize_affine``). A value of 0 is a weight of 0 in all of them.
+    bits, int32 ones of 32, ``scale`` float32 [out] or [1]; the tensor is ``float32(code) * scale``; with a
+    ``zero_point``, uint8 [out] or [1], ``values`` are the uint8 codes of ``quantize_affine``). A value of 0 is a weight
+    of 0 in all of them.
     """
 
     kind: str
@@ -55,19 +58,24 @@ class Compressed:
 
 
 def materialize(
-    graph: Graph, params: Params, level: Level, calibration: tuple[Tensor, Tensor] | None = None
-) -> Compressed:
+    graph: Graph, params: Params, level: Level, calibration: tuple[Tensor, Tensor] | None = None,
+    domain: tuple[float, float] = (0.0, 1.0),
+) -> Compressed:  # fmt: skip
     """The network that would be deployed at ``level``: prune, recalibrate, fold batch norm, round; in this order.
 
-    ``calibration`` = (images, labels) of the training split, needed by ``rebn`` and the ``grad`` families. Structured
-    pruning removes the channels. Deterministic; CPU; ``params`` are not changed.
-    Raises UserError for weights that are not finite or overflow in the level's format, UnsupportedGraphError for a
-    grouped convolution under structured pruning, ValueError where calibration images are missing.
+    ``calibration`` = (images, labels) of the training split, needed by ``rebn``, ``w8a8`` and the ``grad`` families;
+    ``domain``: of the images. Structured pruning removes the channels; ``w8a8`` adds quantisers of activations to the
+    graph. Deterministic; CPU; ``params`` are not changed.
+    Raises UserError for activations that are quantised already, for weights that are not finite or overflow in the
+    level's format and for sums that overflow 32 bits under ``w8a8``; UnsupportedGraphError for a grouped convolution
+    under structured pruning, ValueError where calibration images are missing.
     """
     params = {k: v.detach().to("cpu", torch.float32) for k, v in params.items()}
     for name, tensor in params.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"tensor {name!r} holds NaN or infinity; a network must have finite weights")
+    if has_quantisers(graph):
+        raise UserError("the network's activations are quantised already; expected the trained network, of level dense")
     if level.needs_calibration and calibration is None:
         raise ValueError(f"level {level} needs calibration images")
     if level.prune_family is not None and level.sparsity is not None:
@@ -81,6 +89,10 @@ def materialize(
     if level.rebn and calibration is not None:
         params = calibrate.recalibrate(graph, params, calibration[0])
     graph, params = fold_batch_norm(graph, params)
+    if level.integer_inference and calibration is not None:
+        graph, codes = integer_network(graph, params, calibration[0], domain)
+        stored = {k: Stored("integer", v.codes, v.scale, 32 if k.endswith("bias") else 8) for k, v in codes.items()}
+        return Compressed(level, graph, {k: stored.get(k) or Stored("float32", v + 0.0) for k, v in params.items()})
     weights = {f"{n.name}.weight" for n in graph.weighted()}
     # Adding 0 turns -0 into +0: the sparse encodings of a file have one zero only.
     return Compressed(level, graph, {k: _store(k, v + 0.0, level, k in weights) for k, v in params.items()})

@@ -35,9 +35,14 @@ def quantize(weight: Tensor, bits: int, *, per_tensor: bool = False) -> tuple[Te
     float32 scale that will be stored.
     """
     scale = step(weight.double(), bits, per_tensor=per_tensor).float()
+    return quantize_with(weight, scale, bits), scale
+
+
+def quantize_with(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Symmetric codes int8 of a weight for given scales float32 [out] or [1]; rounds half to even."""
     largest = largest_code(bits)
     codes = torch.round(weight.detach().double() / _columns(scale, weight).double()).clamp(-largest, largest)
-    return codes.to(torch.int8), scale
+    return codes.to(torch.int8)
 
 
 def quantize_affine(weight: Tensor, bits: int, *, per_tensor: bool = False) -> tuple[Tensor, Tensor, Tensor]:

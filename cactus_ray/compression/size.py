@@ -17,10 +17,12 @@ def ideal_bits(compressed: Compressed) -> int:
 
     A tensor of n values of b bits (32, 16, or those of its integer code) costs the least of: ``n * b``; ``nz * b + n``
     (the nz nonzero values and a bit mask); ``nz * (b + g)`` (the nonzero values and their distances, each in the
-    ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer tensor adds 32 bits per scale
-    and b per zero point.
+    ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer weight adds 32 bits per scale (the
+    scales of an integer bias follow from those) and b per zero point, a quantiser of activations 40: its scale and zero
+    point.
     """
-    return sum(_tensor_bits(stored) for stored in compressed.stored.values())
+    quantisers = sum(node.op == "quantize" for node in compressed.graph.nodes)
+    return 40 * quantisers + sum(_tensor_bits(stored) for stored in compressed.stored.values())
 
 
 def _tensor_bits(stored: Stored) -> int:
@@ -32,7 +34,7 @@ def _tensor_bits(stored: Stored) -> int:
     if nonzero:
         largest = int(torch.diff(positions, prepend=torch.tensor([-1])).max())
         gap_bits = math.ceil(math.log2(largest + 1))
-    scales = 0 if stored.scale is None else 32 * stored.scale.numel()
+    scales = 32 * stored.scale.numel() if stored.scale is not None and stored.bits != 32 else 0
     zero_points = 0 if stored.zero_point is None else bits * stored.zero_point.numel()
     return min(n * bits, nonzero * bits + n, nonzero * (bits + gap_bits)) + scales + zero_points
 

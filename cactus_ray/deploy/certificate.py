@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.compression.family import Family
 from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, ThreatConfig, to_dict
@@ -67,10 +68,20 @@ IN_ARITHMETIC = {
         "flushing of subnormal numbers, and folding of channel scales or additions into the layer before are free; "
         "TF32, bfloat16 or float16 products and Winograd or FFT convolutions are not allowed",
         "weights that are stored in float16, bfloat16 or integers are unpacked to float32 before use, as "
-        "onnxruntime's CPU provider does",
+        "onnxruntime's CPU provider does (where activations are floating-point numbers)",
     ),
 }
 """What is assumed of the runtime's arithmetic, by ``arithmetic``."""
+INTEGERS = (
+    "activations are rounded to 8-bit codes with the static scales and zero points of the file, and so they are in "
+    "every bound: nothing is inferred from a network with floating-point activations",
+    "the runtime computes a layer between quantisers in floating-point numbers, or in integers: products of codes are "
+    "added exactly in 32 bits, then scaled in float32 (additions of branches also in fixed point of at least 22 bits) "
+    "and rounded; how ties are rounded is free, and rounding may turn a code beside a tie into its neighbour",
+    "kernels that saturate before 32 bits are not allowed: onnxruntime's of uint8 inputs times int8 weights do on x86 "
+    "CPUs without VNNI, those of uint8 times uint8, as in the files that this tool writes, do not",
+)
+"""What is assumed as well where activations are quantised."""
 ASSUMPTIONS = (
     "the weights are the float32 values that onnxruntime computes from the constants of the file, after dequantisation",
     "the runtime evaluates the operators of the file as the ONNX standard defines them, up to rounding",
@@ -172,7 +183,7 @@ def document(
         soundness=Soundness(
             scheme=SCHEMES[certification.settings.engine],
             arithmetic=arithmetic,
-            assumptions=IN_ARITHMETIC[arithmetic] + ASSUMPTIONS,
+            assumptions=_assumptions(certification.graph, arithmetic),
         ),
         engine=Engine(
             name=bounds.name,
@@ -192,6 +203,10 @@ def family_section(certification: Certification, family: Family) -> FamilySectio
     return FamilySection(
         family=family, members=words(family), summary=certification.summary, verdicts=certification.rows
     )
+
+
+def _assumptions(graph: Graph, arithmetic: str) -> tuple[str, ...]:
+    return IN_ARITHMETIC[arithmetic] + (INTEGERS if has_quantisers(graph) else ()) + ASSUMPTIONS
 
 
 def _shape(graph: Graph) -> tuple[int, int, int]:

@@ -177,7 +177,10 @@ def _same_size(file: bytes, point: Point) -> None:
 
 
 def _same_weights(deployed: LevelNetwork, found: certify.Certification) -> None:
-    """Raise RunFailedError unless the file holds, bit for bit, the weights that the level was meant to have."""
+    """Raise RunFailedError unless the file holds, bit for bit, the weights and quantisers that the level asks for."""
+    quantisers = [[dict(n.attributes) for n in g.nodes if n.op == "quantize"] for g in (deployed.graph, found.graph)]
+    if quantisers[0] != quantisers[1]:
+        raise RunFailedError("model.onnx: its quantisers of activations are not what the level asked for")
     ours, read = deployed.params, found.params
     for meant, there in zip(deployed.graph.weighted(), found.graph.weighted(), strict=True):
         for kind in ("weight", "bias"):

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cactus_ray.bounds.answers import possible_answers
 from cactus_ray.bounds.graph import Graph, Params, forward
+from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.config import ThreatConfig
 from cactus_ray.deploy.document import Parity
 from cactus_ray.errors import RunFailedError
@@ -55,18 +57,30 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 def parity(graph: Graph, params: Params, images: Tensor, logits: Tensor) -> Parity:
     """Our float32 forward pass against onnxruntime's ``logits`` [N, classes] of the same images.
 
-    Raises RunFailedError where they differ by more than rounding: then what would be certified is not what runs.
+    Raises RunFailedError where they differ by more than rounding: then what would be certified is not what runs. Where
+    activations are quantised, rounding may turn a code into its neighbour; then each of onnxruntime's logits must lie
+    between the smallest and the largest that rounding can give.
     """
     with torch.no_grad():
         ours = answers(lambda part: forward(graph, params, part), images)
     difference = float((ours.double() - logits.double()).abs().max())
-    if not difference <= PARITY_TOLERANCE * max(1.0, float(logits.abs().max())):
+    if has_quantisers(graph):
+        parts = zip(torch.split(images, BATCH), torch.split(logits, BATCH), strict=True)
+        agreed = all(_possible(graph, params, *part) for part in parts)
+    else:
+        agreed = difference <= PARITY_TOLERANCE * max(1.0, float(logits.abs().max()))
+    if not agreed:
         raise RunFailedError(
             f"model.onnx: onnxruntime and our reading of the file differ by {difference} in a logit; "
             f"expected at most rounding, so this file cannot be certified"
         )
     disagreements = int((ours.argmax(1) != logits.argmax(1)).sum())
     return Parity(samples=len(images), max_abs_difference=difference, class_disagreements=disagreements)
+
+
+def _possible(graph: Graph, params: Params, images: Tensor, logits: Tensor) -> bool:
+    box = possible_answers(graph, params, images)
+    return bool(((logits >= box.lower) & (logits <= box.upper)).all())  # false for NaN
 
 
 def objection(run: Logits, image: Tensor, label: int, values: Sequence[float], threat: ThreatConfig) -> str | None:

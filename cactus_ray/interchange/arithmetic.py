@@ -103,7 +103,15 @@ def affine(
 
 
 def _merged(reader: Reader, last: Node, shift: Tensor) -> bool:
-    """Gives a matrix product, or a scale by channel constants, the shift that directly follows it."""
+    """Gives a matrix product, or a scale by channel constants, the shift that directly follows it.
+
+    Raises UnsupportedGraphError for a product of quantised values.
+    """
+    if last.op == "linear" and reader.quantiser(last.inputs[0]) is not None and bool(shift.any()):
+        raise UnsupportedGraphError(
+            f"addition behind the product {last.name!r} of quantised values: onnxruntime makes it a bias and rounds it;"
+            " expected Gemm with a bias that is dequantised from int32 integers"
+        )
     if last.op == "linear" and f"{last.name}.bias" not in reader.params:
         reader.params[f"{last.name}.bias"] = shift
     elif last.op == "scale_shift" and not bool(reader.params[f"{last.name}.shift"].any()):

@@ -11,19 +11,19 @@ from onnx import helper
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Node, Params, apply_node
+from cactus_ray.bounds.quantizer import LAYOUT, refuse_twice
 from cactus_ray.errors import UnsupportedGraphError
 from cactus_ray.interchange.arithmetic import label, plain
+from cactus_ray.interchange.codes import CODE_LAYOUT
 from cactus_ray.interchange.layouts import InputLayout, View
 from cactus_ray.interchange.operators import TRANSLATIONS
 
 LARGEST_VALUE = 2**26
 """Elements of any layer's output for one image: a file must not ask for a machine's whole memory."""
 
-_ANY_LAYOUT = {"input", "flatten", "scale_shift", "relu", "leaky_relu"}
+_ANY_LAYOUT = {"input", "flatten", "scale_shift", "relu", "leaky_relu", "quantize"}
 _REASONS = {
-    "QuantizeLinear": "a network with quantised activations is another function than the one in real numbers",
-    "DequantizeLinear": "a network with quantised activations is another function than the one in real numbers;"
-    " only weights may be dequantised",
+    "DynamicQuantizeLinear": "its scale depends on the image; only static scales are certified",
 }
 
 
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(
         self, name: str, view: View, input_shape: tuple[int, ...], constants: dict[str, Tensor],
-        layers: list[onnx.NodeProto], *, dynamic: bool,
+        layers: list[onnx.NodeProto], *, dynamic: bool, makers: dict[str, onnx.NodeProto],
     ) -> None:  # fmt: skip
         self.nodes = [Node("input", "input")]
         self.params: Params = {}
@@ -46,6 +46,8 @@ class Reader:
         self.input_shape = input_shape
         self.dynamic = dynamic
         self.flatten_names: dict[str, str] = {}  # by node of ours: what the file calls its flattening
+        self.codes: dict[str, Node] = {}  # values that are codes, and the quantiser that wrote them
+        self.makers = makers  # by constant: the node of the file that computes it
         self.direct = name  # the value that the last node computes, under its own name
         self.readers = Counter(name for node in layers for name in node.input)
 
@@ -56,8 +58,12 @@ class Reader:
             raise UnsupportedGraphError(f"{source}: output {output!r} is not the result of the last layer")
         if not view.in_order:
             raise UnsupportedGraphError(f"{source}: output {output!r} is a transposed value")
+        if output in self.codes:
+            raise UnsupportedGraphError(f"{source}: output {output!r} are codes; expected DequantizeLinear behind them")
         self.flat(view.node)
-        return Graph(tuple(self.nodes), self.input_shape)
+        graph = Graph(tuple(self.nodes), self.input_shape)
+        refuse_twice(graph)
+        return graph
 
     def add(self, node: onnx.NodeProto) -> None:
         """Appends what ``node`` does. Raises UnsupportedGraphError, naming it, where we have no such operator."""
@@ -66,7 +72,14 @@ class Reader:
         if translate is None:
             reason = _REASONS.get(node.op_type, "is not understood")
             raise UnsupportedGraphError(f"operator {node.op_type!r} ({label(node)}): {reason}")
+        codes = [self.codes[i] for i in node.input if i in self.codes]
+        if codes and node.op_type not in (*CODE_LAYOUT, "DequantizeLinear"):
+            raise UnsupportedGraphError(
+                f"{node.op_type} ({label(node)}) on the codes of {codes[0].name!r}; expected DequantizeLinear before it"
+            )
         translate(self, node, attributes)
+        if codes and node.op_type in CODE_LAYOUT:
+            self.codes[node.output[0]] = codes[0]
 
     # --- helpers ---
 
@@ -151,6 +164,14 @@ class Reader:
         if all(n.op in _ANY_LAYOUT for n in self.nodes):
             raise InputLayout(reason, tuple(view.index.shape[1:]), view.index.flatten())
         raise UnsupportedGraphError(reason)
+
+    def quantiser(self, name: str) -> Node | None:
+        """The quantiser behind a node of ours where nothing but layout lies between."""
+        nodes = {n.name: n for n in self.nodes}
+        node = nodes[name]
+        while node.op in LAYOUT:
+            node = nodes[node.inputs[0]]
+        return node if node.op == "quantize" else None
 
     def refuse_large(self, node: onnx.NodeProto, ours: Node, own: Params) -> None:
         """Padding makes maps of any size out of a small file; this is asked before the memory is."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Node, batch_norm_affine
 from cactus_ray.errors import UnsupportedGraphError
 from cactus_ray.interchange.arithmetic import Attributes, affine, arithmetic, label, plain
+from cactus_ray.interchange.codes import dequantize_linear, quantize_linear, refuse_inexact
 from cactus_ray.interchange.layouts import View, flattened, permuted, reshaped, squeezed, unsqueezed
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def _conv(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> None:
             f"Conv ({label(node)}): weight of shape {tuple(weight.shape)}; expected 2-D kernels"
         )
     reader.refuse(node, attributes, {"kernel_shape": list(weight.shape[2:])})
+    refuse_inexact(reader, node)
     source = reader.map(node)
     dilation = tuple(attributes.get("dilations", (1, 1)))
     ours = {
@@ -91,6 +93,7 @@ def _global_pool(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -
 
 def _gemm(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> None:
     reader.refuse(node, attributes, {"alpha": 1.0, "beta": 1.0, "transA": 0})
+    refuse_inexact(reader, node)
     view, weight = reader.value(node), reader.constant(node, 1)
     weight = weight if attributes.get("transB", 0) else weight.T
     if view.index.dim() != 2 or view.index.shape[0] != 1:
@@ -118,6 +121,10 @@ def _matmul(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> Non
         out = (*shape[:-1], weight.shape[0])
     if weight.shape[1] != features:
         raise ValueError(f"MatMul ({label(node)}) of {shape} and {tuple(matrix.shape)}")
+    if left and reader.quantiser(view.node) is not None:
+        raise UnsupportedGraphError(f"MatMul ({label(node)}) of a matrix and quantised values; expected them in front")
+    if not left:
+        refuse_inexact(reader, node)
     _linear(reader, node, view, weight, None, out)
 
 
@@ -222,5 +229,5 @@ TRANSLATIONS: dict[str, Callable[[Reader, onnx.NodeProto, Attributes], None]] = 
     "Div": arithmetic, "BatchNormalization": _batch_norm, "MaxPool": _pool, "AveragePool": _pool,
     "GlobalAveragePool": _global_pool, "Relu": _relu, "LeakyRelu": _leaky_relu, "Flatten": _layout,
     "Reshape": _layout, "Transpose": _layout, "Squeeze": _layout, "Unsqueeze": _layout, "Identity": _identity,
-    "Dropout": _identity,
+    "Dropout": _identity, "QuantizeLinear": quantize_linear, "DequantizeLinear": dequantize_linear,
 }  # fmt: skip

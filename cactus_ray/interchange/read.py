@@ -32,6 +32,7 @@ CONSTANT_OPERATORS = (
     "Where",
 )  # fmt: skip
 OLDEST_OPSET = 9  # before it, operators broadcast and normalise differently
+READABLE = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8)
 LARGEST_CONSTANT = 2**30
 """Elements of any constant while it is computed: a small file must not ask for a machine's whole memory."""
 
@@ -92,7 +93,8 @@ def read_network(data: bytes | Path) -> OnnxNetwork:
     Understood: Conv, Gemm, MatMul, Add, Sub, Mul and Div with constants, Add and Sub of two branches,
     BatchNormalization (inference), Relu, LeakyRelu, MaxPool, AveragePool, GlobalAveragePool, Identity, Dropout;
     Flatten, Reshape, Transpose, Squeeze and Unsqueeze where a layer's weights can take the order; any plain operator on
-    constants, DequantizeLinear among them. The input is [N], [1, ...] or [batch, ...] with a free batch size. Raises
+    constants, DequantizeLinear among them; QuantizeLinear and DequantizeLinear of activations with constant scales, one
+    per tensor. The input is [N], [1, ...] or [batch, ...] with a free batch size. Raises
     UnsupportedGraphError that names anything else, UserError for a file that is missing, broken or keeps tensors in
     other files.
     """
@@ -107,18 +109,24 @@ def read_network(data: bytes | Path) -> OnnxNetwork:
     constants = _initializers(model, source)
     name, shape, dynamic = _input(model, constants, source)
     fixed, layers = _partition(model.graph, set(constants), source)
-    constants |= _evaluate(model, fixed, {i for node in layers for i in node.input}, source)
+    makers = {name: node for node in fixed for name in node.output}
+    wanted = {i for node in layers for i in node.input}
+    if any(node.op_type == "QuantizeLinear" for node in layers):  # then codes of weights matter, too
+        wanted |= {i for name in wanted & makers.keys() for i in makers[name].input}
+    constants |= _evaluate(model, fixed, wanted, source)
     order = torch.arange(math.prod(shape))
     inside = tuple(shape[1:]) if len(shape) > 1 else shape
     try:
         try:
-            reader = Reader(name, View("input", order.view(shape)), inside, constants, layers, dynamic=dynamic)
+            reader = Reader(
+                name, View("input", order.view(shape)), inside, constants, layers, dynamic=dynamic, makers=makers
+            )
             for node in layers:
                 reader.add(node)
         except InputLayout as wanted:
             order = wanted.order
             view = View("input", order.argsort().view(shape))
-            reader = Reader(name, view, wanted.shape, constants, layers, dynamic=dynamic)
+            reader = Reader(name, view, wanted.shape, constants, layers, dynamic=dynamic, makers=makers)
             for node in layers:
                 reader.add(node)
     except InputLayout as error:
@@ -171,7 +179,7 @@ def _tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
 
 
 def _initializers(model: onnx.ModelProto, source: str) -> dict[str, Tensor]:
-    """The float32 and int64 constants of the file; the others only serve to compute these."""
+    """The constants of the file of types that layers read; the others only serve to compute these."""
     found = {}
     for tensor in model.graph.initializer:
         if tensor.name in found:
@@ -186,7 +194,7 @@ def _initializers(model: onnx.ModelProto, source: str) -> dict[str, Tensor]:
 
 
 def _tensor(tensor: TensorProto) -> Tensor:
-    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT64):
+    if tensor.data_type not in READABLE:
         return torch.empty(0, dtype=torch.uint8)  # known to be constant, never read by a layer
     return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 

@@ -18,13 +18,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from cactus_ray.bounds.graph import Node
+from cactus_ray.bounds.quantizer import input_scales
 from cactus_ray.compression.materialize import Compressed, Stored
-from cactus_ray.errors import UnsupportedGraphError
 from cactus_ray.interchange import encode
+from cactus_ray.interchange.nodes import INPUT, OUTPUT, write_layers
 
 OPSET, IR_VERSION = 21, 10
-INPUT, OUTPUT = "image", "logits"
+OFFSET = 128
+"""Zero point of w8a8's weights, which are stored as uint8: onnxruntime's kernels of uint8 times uint8 are exact, while
+those of uint8 times int8 saturate in 16 bits on x86 CPUs without VNNI."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +44,19 @@ def onnx_bytes(compressed: Compressed, info: FileInfo) -> bytes:
     Metadata (``cactus_ray.*``): level, data, class_names (JSON), input, domain (JSON), normalization. Raises
     UnsupportedGraphError where ONNX's Gemm cannot express a linear layer (an input that is not flat).
     """
-    builder = _Builder()
+    builder = Builder(integers_inside=compressed.level.integer_inference)
     weights = {f"{n.name}.weight" for n in compressed.graph.weighted()}
     # in the graph's order: that of the dict may be another one each time a network file is read
     place = {node.name: i for i, node in enumerate(compressed.graph.nodes)}
     ordered = sorted(compressed.stored.items(), key=lambda item: (place[item[0].rpartition(".")[0]], item[0]))
     builder.weights({k: s for k, s in ordered if k in weights})
+    scales = input_scales(compressed.graph)
     for name, stored in ordered:
-        if name not in weights:
+        if name not in weights and stored.scale is not None:
+            builder.bias(name, stored, scales[name.rpartition(".")[0]])
+        elif name not in weights:
             builder.small(name, stored)
-    classes = _layers(builder, compressed)
+    classes = write_layers(builder, compressed)
     graph = helper.make_graph(
         builder.nodes,
         "cactus_ray",
@@ -80,10 +85,12 @@ def _metadata(compressed: Compressed, info: FileInfo) -> dict[str, str]:
     }
 
 
-class _Builder:
+class Builder:
     """Collects nodes and initialisers; names of intermediate values are short because each is written twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, integers_inside: bool = False) -> None:
+        self.integers_inside = integers_inside
+        self.scales: dict[str, str] = {}  # by weight
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -156,6 +163,20 @@ class _Builder:
             return self.floats(values[:, None])
         return self.integers(values.numpy(), stored.bits, signed=stored.zero_point is None)
 
+    # --- integers that stay integers (w8a8) ---
+
+    def codes(self, values: torch.Tensor) -> str:
+        """Uint8 tensor of int8 codes plus OFFSET."""
+        shifted = (values.to(torch.int16) + OFFSET).to(torch.uint8)
+        return self.initializer(shifted.numpy().tobytes(), TensorProto.UINT8, values.shape)
+
+    def bias(self, name: str, stored: Stored, inputs: float) -> None:
+        """An int32 bias in units of the scale of the layer's inputs times those of its weights."""
+        values = self.initializer(stored.values.numpy().tobytes(), TensorProto.INT32, stored.values.shape)
+        weight = self.scales[name.removesuffix("bias") + "weight"]
+        units = self.add("Mul", [self.constant(np.array(inputs, np.float32)), weight])
+        self.add("DequantizeLinear", [values, units], name, axis=0)
+
     # --- streams of weights ---
 
     def weights(self, weights: dict[str, Stored]) -> None:
@@ -167,7 +188,10 @@ class _Builder:
             example = next(iter(members.values()))
             if encoding == "dense" and encode.value_bits(example) in (8, 16, 32):
                 for name, stored in members.items():
-                    self.scaled(name, stored, self.floats(stored.values, self.raw_name(name, stored)))
+                    if self.integers_inside:
+                        self.scaled(name, stored, self.codes(stored.values))
+                    else:
+                        self.scaled(name, stored, self.floats(stored.values, self.raw_name(name, stored)))
                 continue
             stream = torch.cat([s.values.flatten() for s in members.values()])
             if encoding == "dense":
@@ -176,6 +200,9 @@ class _Builder:
                 flat, length = self.masked(example, stream), -(-len(stream) // 8) * 8
             else:
                 flat, length = self.scattered(example, stream, int(encoding.removeprefix("gaps"))), len(stream)
+            if self.integers_inside:
+                flat = self.add("Add", [flat, self.constant(np.array(OFFSET, np.float32))])
+                flat = self.add("Cast", [flat], to=TensorProto.UINT8)
             self.split(members, flat, length)
 
     def masked(self, stored: Stored, stream: torch.Tensor) -> str:
@@ -224,6 +251,11 @@ class _Builder:
     def scaled(self, name: str, stored: Stored, codes: str) -> None:
         if stored.scale is None:
             return
+        if self.integers_inside:
+            self.scales[name] = self.initializer(stored.scale.numpy().tobytes(), TensorProto.FLOAT, stored.scale.shape)
+            zeros = self.constant(np.full(len(stored.scale), OFFSET, np.uint8))
+            self.add("DequantizeLinear", [codes, self.scales[name], zeros], name, axis=0)
+            return
         channels = (-1, *([1] * (stored.values.dim() - 1)))
         if stored.zero_point is not None and stored.bits is not None:  # as in ``dequantize``
             few = stored.zero_point.numel() <= 16  # then the cast would cost more than it saves
@@ -234,52 +266,3 @@ class _Builder:
         columns = stored.scale.view(channels)
         scale = self.initializer(columns.numpy().tobytes(), TensorProto.FLOAT, columns.shape)
         self.add("Mul", [codes, scale], name)
-
-
-def _layers(builder: _Builder, compressed: Compressed) -> int:
-    """The nodes that depend on the image. Returns the number of classes."""
-    graph = compressed.graph
-    shapes = graph.shapes(compressed.params)
-    value = {graph.nodes[0].name: INPUT}
-    for node in graph.nodes[1:]:
-        inputs = [value[name] for name in node.inputs]
-        output = value[node.name] = OUTPUT if node is graph.output else builder.fresh()
-        if node.op == "scale_shift":
-            channels = (-1, *([1] * (len(shapes[node.name]) - 1)))
-            for op, suffix, name, result in (("Mul", "scale", node.name, None), ("Add", "shift", None, output)):
-                shape = builder.constant(np.array(channels))
-                constant = builder.add("Reshape", [f"{node.name}.{suffix}", shape])
-                inputs = [builder.add(op, [*inputs, constant], result, name=name)]
-            continue
-        if node.op == "linear" and len(shapes[node.inputs[0]]) != 1:
-            raise UnsupportedGraphError(f"linear {node.name!r} reads {shapes[node.inputs[0]]}; expected flat features")
-        tensors = [k for k in (f"{node.name}.weight", f"{node.name}.bias") if k in compressed.stored]
-        op, attributes = _operator(node)
-        builder.add(op, [*inputs, *tensors], output, name=node.name, **attributes)
-    return shapes[graph.output.name][0]
-
-
-def _operator(node: Node) -> tuple[str, dict[str, Any]]:
-    """ONNX operator and attributes of one node; defaults are left out."""
-    match node.op:
-        case "conv2d":
-            attributes = {
-                "strides": node["stride"], "pads": (*node["padding"], *node["padding"]),
-                "dilations": node["dilation"], "group": node["groups"],
-            }  # fmt: skip
-            defaults = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1), "group": 1}
-            return "Conv", {k: v for k, v in attributes.items() if v != defaults[k]}
-        case "linear":
-            return "Gemm", {"transB": 1}
-        case "max_pool2d" | "avg_pool2d":
-            attributes = {
-                "kernel_shape": node["kernel"], "strides": node["stride"], "pads": (*node["padding"], *node["padding"]),
-            }  # fmt: skip
-            if node.op == "max_pool2d":
-                return "MaxPool", attributes
-            return "AveragePool", {**attributes, "count_include_pad": int(node["count_include_pad"])}
-        case "leaky_relu":
-            return "LeakyRelu", {"alpha": node["slope"]}
-        case "relu" | "flatten" | "add":
-            return node.op.capitalize(), {}
-    raise UnsupportedGraphError(f"operator {node.op!r} of node {node.name!r} cannot be written")

@@ -38,7 +38,7 @@ def at_level(network: Network, level: str, data: DataConfig, domain: tuple[float
     """
     parsed = parse_level(level)
     images = calibration(load(data, ("train",))) if parsed.needs_calibration else None
-    compressed = materialize(network.graph, network.params, parsed, images)
+    compressed = materialize(network.graph, network.params, parsed, images, domain)
     file = onnx_bytes(compressed, FileInfo(data.name, network.class_names, domain))
     measures = {
         "bytes": len(file),

@@ -164,6 +164,8 @@ class LirpaEngine:
 
 def _check_operators(graph: Graph) -> None:
     for node in graph.nodes:
+        if node.op == "quantize":
+            raise UnsupportedGraphError(f"quantiser {node.name!r}: auto_LiRPA has no such operator; use engine cactus")
         if node.op == "max_pool2d" and node["kernel"] != node["stride"]:
             raise UnsupportedGraphError(f"max pooling {node.name!r}: auto_LiRPA needs a stride equal to its kernel")
 

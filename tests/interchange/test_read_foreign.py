@@ -153,7 +153,7 @@ def test_residual_sums_and_differences() -> None:
     assert operators(network) == ["conv2d", "add", "relu", "scale_shift", "add", "flatten", "linear"]
 
 
-def test_quantised_weights_are_read_and_quantised_activations_refused() -> None:
+def test_quantised_weights_are_read_and_quantised_activations_of_others_refused() -> None:
     codes = np.random.default_rng(0).integers(-8, 8, (3, 5)).astype(np.int8)
     scale = np.array(0.1, np.float32)
     nodes = [node("DequantizeLinear", ["q", "s"], "W"), node("Gemm", ["x", "W"], "y", transB=1)]
@@ -162,7 +162,7 @@ def test_quantised_weights_are_read_and_quantised_activations_refused() -> None:
     assert torch.equal(weight.float(), torch.from_numpy(codes).float() * torch.tensor(scale))
     nodes = [node("QuantizeLinear", ["x", "s", "z"], "c"), node("DequantizeLinear", ["c", "s", "z"], "h"), *HEAD]
     proto = model(nodes, {"s": scale, "z": np.array(0, np.uint8), "W": floats(3, 5)}, (1, 5))
-    with pytest.raises(UnsupportedGraphError, match=r"'QuantizeLinear' .*another function"):
+    with pytest.raises(UnsupportedGraphError, match=r"Gemm .*its weight 'W' is not dequantised"):
         read_network(proto.SerializeToString())
 
 
