@@ -93,6 +93,7 @@ def _run(work: Work) -> None:
     work.stage(stages.full_attack)
     if bound in ("crown", "alpha", "branch"):
         work.stage(stages.linear_bounds)
+    work.stage(stages.hunt)
     if bound in ("alpha", "branch"):
         work.stage(stages.alpha_bounds)
     if bound == "branch":

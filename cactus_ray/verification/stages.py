@@ -8,7 +8,7 @@ from torch import Tensor
 from cactus_ray.bounds import alpha, interval, linear
 from cactus_ray.bounds.graph import forward
 from cactus_ray.bounds.interval import Box
-from cactus_ray.verification.attack import attack
+from cactus_ray.verification.attack import attack, targeted_attack
 from cactus_ray.verification.branch import DEFAULT_SECONDS, Budget, branch
 from cactus_ray.verification.soundness import Batch
 from cactus_ray.verification.verdict import Verdict
@@ -48,6 +48,26 @@ def full_attack(work: Work, positions: list[int]) -> None:
     """Projected gradient descent with restarts."""
     if work.settings.attack_steps:
         _attack(work, positions, work.settings.attack_steps, work.settings.restarts)
+
+
+def hunt(work: Work, positions: list[int]) -> None:
+    """Auto-PGD against the classes that no bound excludes yet."""
+    settings = work.settings
+    if not settings.attack_steps or not settings.targeted_runs:
+        return
+    part = work.batch.select(positions)
+    start = torch.stack([work.attacked.get(p, work.batch.images[p]) for p in positions])
+    points, _ = targeted_attack(
+        work.model,
+        part,
+        start,
+        ~(_known(work, positions) > 0),
+        steps=-(-settings.attack_steps // 4),
+        runs=settings.targeted_runs,
+        seed=settings.seed,
+    )
+    work.attacked.update(zip(positions, points, strict=True))
+    work.replay(positions, points, "attack")
 
 
 def _attack(work: Work, positions: list[int], steps: int, restarts: int) -> None:
