@@ -17,6 +17,7 @@ from cactus_ray.config import ThreatConfig
 from cactus_ray.errors import UserError
 from cactus_ray.verification import stages
 from cactus_ray.verification.engine import bind
+from cactus_ray.verification.hints import Hints
 from cactus_ray.verification.soundness import Batch, Model, SoundnessError, exact_arithmetic
 from cactus_ray.verification.verdict import SampleVerdict, VerificationSettings
 from cactus_ray.verification.work import Work
@@ -34,6 +35,7 @@ def verify(
     settings: VerificationSettings,
     *,
     known: Mapping[int, Sequence[Tensor]] | None = None,
+    hints: Hints | None = None,
 ) -> list[SampleVerdict]:
     """Verdicts on images [N, C, H, W] (float32, inside the domain) in their order.
 
@@ -41,6 +43,7 @@ def verify(
     samples in their split; random numbers depend on (settings.seed, index) only, so verdicts do not depend on how
     samples are divided into calls or batches (but for time limits, and rounding of batched float32 attacks).
     ``known``: images by index that may be counterexamples, e.g. of another level of the same network; tried first.
+    ``hints``: what another level left, by index; brought up to date, for the next one.
 
     CERTIFIED in ``settings.arithmetic``, by bounds in float64 whose own rounding our own engine charges; a
     misclassified sample is FALSIFIED by itself; other counterexamples replay in float32 and float64. Time-out, lack of
@@ -56,9 +59,12 @@ def verify(
         for start in range(0, len(indices), settings.batch_size):
             stop = min(start + settings.batch_size, len(indices))
             part = images[start:stop].to(model.device), labels[start:stop].to(model.device), indices[start:stop]
-            work = Work(model, rounding, engine, Batch.of(*part, threat.epsilon, threat.domain), settings, known or {})
+            batch = Batch.of(*part, threat.epsilon, threat.domain)
+            work = Work(model, rounding, engine, batch, settings, known or {}, hints or {})
             _run(work)
-            verdicts += [work.verdict(p) for p in range(len(work.batch))]
+            verdicts += [work.verdict(p) for p in range(len(batch))]
+            if hints is not None:
+                hints.update((batch.indices[p], work.hint(p)) for p in range(len(batch)))
     return verdicts
 
 
@@ -83,16 +89,25 @@ def _check_input(graph: Graph, images: Tensor, labels: Tensor, indices: Sequence
 
 
 def _run(work: Work) -> None:
-    """All stages on one batch: cheap ones see all samples before dear ones see any."""
+    """All stages on one batch: cheap ones see all samples before dear ones see any.
+
+    What another level has attacked is only tried here before interval bounds, and what another level certified is
+    bounded before it is attacked at length; whatever stays open goes through all stages.
+    """
     bound, everyone = work.settings.bound, range(len(work.batch))
     work.stage(stages.clean)
     work.stage(stages.known_points)
-    work.stage(stages.quick_attack)
-    # also samples that the attack falsified: a bound that "proves" one of them must not stay unseen
+    work.stage(stages.nearest_points, work.chosen(lambda p: work.hinted(p).nearest is not None))
+    work.stage(stages.quick_attack, work.chosen(lambda p: p not in work.attacked))
+    # also samples that an attack falsified: a bound that "proves" one of them must not stay unseen
     work.stage(stages.interval_bounds, [p for p in everyone if work.open(p) or p in work.fallen])
+    linear = bound in ("crown", "alpha", "branch")
+    promising = set(work.chosen(lambda p: work.hinted(p).certified)) if linear else set()
+    work.stage(stages.linear_bounds, sorted(promising))
+    work.stage(stages.quick_attack, work.chosen(lambda p: work.hinted(p).nearest is not None))
     work.stage(stages.full_attack)
-    if bound in ("crown", "alpha", "branch"):
-        work.stage(stages.linear_bounds)
+    if linear:
+        work.stage(stages.linear_bounds, work.chosen(lambda p: p not in promising))
     work.stage(stages.hunt)
     if bound in ("alpha", "branch"):
         work.stage(stages.alpha_bounds)

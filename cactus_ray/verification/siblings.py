@@ -15,6 +15,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.config import ThreatConfig
 from cactus_ray.verification.cascade import verify
+from cactus_ray.verification.hints import Hints
 from cactus_ray.verification.verdict import SampleVerdict, VerificationSettings
 
 
@@ -42,9 +43,12 @@ def verify_levels(
     later ones first, after those of ``known``.
     """
     points = {index: list(some) for index, some in (known or {}).items()}
+    hints: Hints = {}
     found: dict[str, list[SampleVerdict]] = {}
     for name, level in levels.items():
-        found[name] = verify(level.graph, level.params, images, labels, indices, threat, settings, known=points)
+        found[name] = verify(
+            level.graph, level.params, images, labels, indices, threat, settings, known=points, hints=hints
+        )
         for verdict in found[name]:
             if verdict.counterexample is not None and verdict.decided_by not in ("clean", "known"):
                 points.setdefault(verdict.index, []).append(torch.tensor(verdict.counterexample))

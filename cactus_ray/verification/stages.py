@@ -10,7 +10,7 @@ from cactus_ray.bounds.graph import forward
 from cactus_ray.bounds.interval import Box
 from cactus_ray.verification.attack import attack, targeted_attack
 from cactus_ray.verification.branch import DEFAULT_SECONDS, Budget, branch
-from cactus_ray.verification.soundness import Batch
+from cactus_ray.verification.soundness import Batch, margins_at
 from cactus_ray.verification.verdict import Verdict
 from cactus_ray.verification.work import Work
 
@@ -38,6 +38,16 @@ def known_points(work: Work, positions: list[int]) -> None:
             work.replay([position], image.to(work.batch.images).view_as(work.batch.images[:1]), "known")
 
 
+def nearest_points(work: Work, positions: list[int]) -> None:
+    """What came nearest to a counterexample at another level stands for the first attack."""
+    hints = {p: near for p in positions if (near := work.hinted(p).nearest) is not None}
+    part, like = work.batch.select(list(hints)), work.batch.images
+    points = part.clip(torch.stack([near.to(like).view_as(like[0]) for near in hints.values()]).nan_to_num(0.0))
+    with torch.no_grad():
+        margins = margins_at(forward(work.model.graph, work.model.single, points), part.labels).amin(1)
+    work.attacked_at(list(hints), points, margins, "known")
+
+
 def quick_attack(work: Work, positions: list[int]) -> None:
     """A short run on every sample, so that nothing is proved of what was never attacked."""
     if work.settings.attack_steps:
@@ -57,7 +67,7 @@ def hunt(work: Work, positions: list[int]) -> None:
         return
     part = work.batch.select(positions)
     start = torch.stack([work.attacked.get(p, work.batch.images[p]) for p in positions])
-    points, _ = targeted_attack(
+    found = targeted_attack(
         work.model,
         part,
         start,
@@ -66,15 +76,13 @@ def hunt(work: Work, positions: list[int]) -> None:
         runs=settings.targeted_runs,
         seed=settings.seed,
     )
-    work.attacked.update(zip(positions, points, strict=True))
-    work.replay(positions, points, "attack")
+    work.attacked_at(positions, *found, "attack")
 
 
 def _attack(work: Work, positions: list[int], steps: int, restarts: int) -> None:
     part = work.batch.select(positions)
-    points, _ = attack(work.model, part, steps=steps, restarts=restarts, seed=work.settings.seed)
-    work.attacked.update(zip(positions, points, strict=True))
-    work.replay(positions, points, "attack")
+    found = attack(work.model, part, steps=steps, restarts=restarts, seed=work.settings.seed)
+    work.attacked_at(positions, *found, "attack")
 
 
 def interval_bounds(work: Work, positions: list[int]) -> None:

@@ -13,6 +13,7 @@ from cactus_ray.bounds import alpha
 from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.verification.attack import sample_generators
 from cactus_ray.verification.engine import Engine
+from cactus_ray.verification.hints import Hint
 from cactus_ray.verification.soundness import Batch, Model, ball_points, check_bounds, halving, proved, replays
 from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
 
@@ -24,8 +25,9 @@ CHECK_POINTS = 2
 class Work:
     """A batch between stages. Positions count within the batch; stages decide some of them and leave others open.
 
-    ``known``: points by index that may be counterexamples. ``bounds``: proved margin bounds [classes] by position;
-    ``attacked``: the point with the smallest margin that is known; ``fallen``: those with a counterexample.
+    ``known``: points by index that may be counterexamples; ``hints``: what another level left, by index. ``bounds``:
+    proved margin bounds [classes] by position; ``attacked``: the point with the smallest margin that is known, which is
+    in ``margins``; ``fallen``: those with a counterexample.
     ``optimised``: what alpha left to branch and bound. ``costs``: seconds of the running stage that are one position's.
     """
 
@@ -35,10 +37,12 @@ class Work:
     batch: Batch
     settings: VerificationSettings
     known: Mapping[int, Sequence[Tensor]]
+    hints: Mapping[int, Hint]
     decided: dict[int, tuple[Verdict, str, Tensor | None]] = field(default_factory=dict)
     right: set[int] = field(default_factory=set)
     bounds: dict[int, Tensor] = field(default_factory=dict)
     attacked: dict[int, Tensor] = field(default_factory=dict)
+    margins: dict[int, float] = field(default_factory=dict)
     fallen: set[int] = field(default_factory=set)
     optimised: list[tuple[list[int], alpha.Margins]] = field(default_factory=list)
     costs: dict[int, float] = field(default_factory=dict)
@@ -56,9 +60,23 @@ class Work:
         if self.open(position):
             self.decided[position] = (verdict, by, point)
 
+    def chosen(self, which: Callable[[int], bool]) -> list[int]:
+        """Open positions that ``which`` holds of."""
+        return [p for p in range(len(self.batch)) if self.open(p) and which(p)]
+
+    def hinted(self, position: int) -> Hint:
+        """What another level left of a position; empty where there is nothing."""
+        return self.hints.get(self.batch.indices[position], Hint())
+
+    def hint(self, position: int) -> Hint:
+        """What this level leaves of a position."""
+        verdict = self.decided.get(position, (Verdict.UNKNOWN, "", None))[0]
+        nearest = self.attacked.get(position, self.hinted(position).nearest)
+        return Hint(nearest, verdict is Verdict.CERTIFIED)
+
     def stage(self, stage: Callable[[Work, list[int]], None], positions: Sequence[int] | None = None) -> None:
         """Run one stage on the open (or given) positions, share out its time, and enforce the soft limit."""
-        chosen = [p for p in range(len(self.batch)) if self.open(p)] if positions is None else list(positions)
+        chosen = self.chosen(lambda p: True) if positions is None else list(positions)
         if not chosen:
             return
         started, self.costs = time.perf_counter(), {}
@@ -75,6 +93,13 @@ class Work:
         limit = self.settings.seconds_per_sample
         left = sum(limit - self.seconds[p] for p in positions)
         return time.perf_counter() + share * left if limit > 0 else None
+
+    def attacked_at(self, positions: Sequence[int], points: Tensor, margins: Tensor, by: str) -> None:
+        """Decide what points [n, C, H, W] falsify, and keep those whose margins [n] are the smallest yet."""
+        for position, point, margin in zip(positions, points, margins.tolist(), strict=True):
+            if margin < self.margins.get(position, torch.inf):
+                self.margins[position], self.attacked[position] = margin, point
+        self.replay(positions, points, by)
 
     def replay(self, positions: Sequence[int], points: Tensor, by: str) -> None:
         """Decide what points [n, C, H, W] falsify, by evaluating them again."""
