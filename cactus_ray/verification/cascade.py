@@ -95,21 +95,24 @@ def _run(work: Work) -> None:
     bounded before it is attacked at length; whatever stays open goes through all stages.
     """
     bound, everyone = work.settings.bound, range(len(work.batch))
+    dear = {"crown": [stages.linear_bounds]}.get(bound, [])
+    if bound in ("alpha", "branch"):
+        dear = [stages.linear_bounds, stages.alpha_bounds]
     work.stage(stages.clean)
     work.stage(stages.known_points)
     work.stage(stages.nearest_points, work.chosen(lambda p: work.hinted(p).nearest is not None))
     work.stage(stages.quick_attack, work.chosen(lambda p: p not in work.attacked))
     # also samples that an attack falsified: a bound that "proves" one of them must not stay unseen
     work.stage(stages.interval_bounds, [p for p in everyone if work.open(p) or p in work.fallen])
-    linear = bound in ("crown", "alpha", "branch")
-    promising = set(work.chosen(lambda p: work.hinted(p).certified)) if linear else set()
-    work.stage(stages.linear_bounds, sorted(promising))
+    promising = set(work.chosen(lambda p: work.hinted(p).certified))
+    for stage in dear:
+        work.stage(stage, work.chosen(lambda p: p in promising))
     work.stage(stages.quick_attack, work.chosen(lambda p: work.hinted(p).nearest is not None))
     work.stage(stages.full_attack)
-    if linear:
-        work.stage(stages.linear_bounds, work.chosen(lambda p: p not in promising))
+    for stage in dear[:1]:
+        work.stage(stage, work.chosen(lambda p: p not in promising))
     work.stage(stages.hunt)
-    if bound in ("alpha", "branch"):
-        work.stage(stages.alpha_bounds)
+    for stage in dear[1:]:
+        work.stage(stage, work.chosen(lambda p: p not in promising))
     if bound == "branch":
         work.stage(stages.branch_and_bound)
