@@ -19,6 +19,9 @@ from cactus_ray.verification.soundness import Batch, Model, margins_at, random_l
 CLEAR = 1e-4
 """How far below 0 a margin of float32 must be before the search stops: a smaller one may not replay in float64."""
 
+AT_ONCE = 256
+"""Images that several runs of a targeted attack on few samples fill a batch to."""
+
 
 def sample_generators(seed: int, indices: Sequence[int], purpose: str) -> list[torch.Generator]:
     """One CPU generator per sample, a function of (seed, index, purpose) only."""
@@ -89,7 +92,8 @@ def targeted_attack(
 
     ``points``: the best known; none that is worse is returned. ``undecided`` [N, classes]: what no bound excludes. Each
     run takes the next of these classes, in the order of their margins at ``points``, and the two losses of ``auto_pgd``
-    in turn. Many short runs find more than few long ones: what counts is which class is pushed, and from where.
+    in turn; the first point that fell is kept. Many short runs find more than few long ones: what counts is which class
+    is pushed, and from where.
     """
     points = points.clone()
     with torch.no_grad():
@@ -98,28 +102,32 @@ def targeted_attack(
     reachable = found.masked_fill(~undecided, torch.inf)
     ranking, count = reachable.argsort(dim=1, stable=True), torch.isfinite(reachable).sum(1)
     generators = sample_generators(seed, batch.indices, "targeted attack")
-    for run in range(runs):
-        share = random_like(batch.images, generators)  # for all, as in ``attack``
+    together = max(1, AT_ONCE // max(1, len(batch)))
+    for first in range(0, runs, together):
+        group = range(first, min(first + together, runs))
+        shares = [random_like(batch.images, generators) for _ in group]  # for all, as in ``attack``
         left = (~fell(margins) & (count > 0)).nonzero()[:, 0]
         if len(left) == 0:
             break
-        part = batch.select(left.tolist())
-        start = torch.lerp(part.lower, part.upper, share[left])
-        target = ranking[left, run % count[left]]
-        ends, end_margins = auto_pgd(model, part, start, target, steps, scaled=run % 2 == 1)
-        better = end_margins < margins[left]
-        points[left[better]], margins[left[better]] = ends[better], end_margins[better]
+        part = batch.select(left.tolist() * len(group))
+        start = torch.lerp(part.lower, part.upper, torch.cat([share[left] for share in shares]))
+        target = torch.cat([ranking[left, run % count[left]] for run in group])
+        scaled = torch.tensor([run % 2 == 1 for run in group], device=target.device).repeat_interleave(len(left))
+        ends, end_margins = auto_pgd(model, part, start, target, steps, scaled)
+        for end, margin in zip(torch.split(ends, len(left)), torch.split(end_margins, len(left)), strict=True):
+            better = (margin < margins[left]) & ~fell(margins[left])
+            points[left[better]], margins[left[better]] = end[better], margin[better]
     return points, margins
 
 
 def auto_pgd(
-    model: Model, batch: Batch, start: Tensor, target: Tensor, steps: int, *, scaled: bool
+    model: Model, batch: Batch, start: Tensor, target: Tensor, steps: int, scaled: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One run of Auto-PGD (Croce and Hein 2020, Algorithm 1) on the margins to the classes ``target`` [N].
 
     Signed gradient steps with momentum, of 2 epsilon at first; at checkpoints the step of a sample whose loss did not
     fall in three quarters of the steps since the last, or that gained nothing with the same step, is halved, and the
-    sample goes back to its best point. ``scaled``: the targeted difference of logits ratio (their Eq. 6) is the loss.
+    sample goes back to its best point. ``scaled`` [N]: whose loss is the targeted difference of logits ratio (Eq. 6).
     Returns points and smallest margins over all classes, as ``descend``.
     """
     walk = _Walk.at(batch.clip(start), 2 * batch.epsilon)
@@ -131,9 +139,9 @@ def auto_pgd(
             logits = forward(model.graph, model.single, x)
             margins = margins_at(logits, batch.labels)
             loss = margins.gather(1, target[:, None])[:, 0]
-            if scaled and logits.shape[1] > 3:  # with fewer classes the ratio is constant
+            if logits.shape[1] > 3:  # with fewer classes the ratio is constant
                 top = logits.topk(4, dim=1).values
-                loss = loss / (top[:, 0] - top[:, 2:].mean(1)).clamp(min=1e-12)
+                loss = torch.where(scaled, loss / (top[:, 0] - top[:, 2:].mean(1)).clamp(min=1e-12), loss)
         smallest = margins.detach().amin(1)
         better = (smallest < best_margin) & ~fell(best_margin)
         best[better], best_margin[better] = x.detach()[better], smallest[better]

@@ -1,7 +1,8 @@
 """The verdict cascade: clean prediction, attacks, interval bounds, linear bounds, branch and bound, else UNKNOWN.
 
 Cheap stages see all samples before dear ones see any, and only samples that are still open go on. Every sample is
-attacked before anything is proved of it; every bound is compared with the margins at the points that are known.
+attacked, or tried at what came nearest at another level, before anything is proved of it; every bound is compared with
+the margins at the points that are known.
 """
 
 from __future__ import annotations
