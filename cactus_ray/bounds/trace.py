@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, fx, nn
 
 from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward, slope_of
 from cactus_ray.errors import UnsupportedGraphError
+
+_PATCHED = threading.Lock()
+"""Held while torch.fx traces: it replaces ``Module.__call__`` for all threads."""
 
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Params]:
@@ -20,7 +24,8 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Param
     names anything else.
     """
     try:
-        traced = _Tracer().trace(module)
+        with _PATCHED:
+            traced = _Tracer().trace(module)
     except UnsupportedGraphError:
         raise
     except Exception as error:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.compression.levels import FORMATS, Level
 from cactus_ray.compression.quantize import largest_code, quantize, quantize_affine
 from cactus_ray.config import setting
+from cactus_ray.errors import UserError
 
 RADII = {"half": 0.5, "one": 1.0}
 ZEROS = ("fixed", "free")
@@ -50,8 +52,10 @@ def radii(graph: Graph, params: Params, family: Family) -> Params:
     """Radius of every weight of the centre ``params`` [*shape], float64, by the name of the tensor.
 
     ``radius`` steps, and what it costs that the step and the member's weight are float32 numbers. NaN or infinite
-    weights have such radii.
+    weights have such radii. Raises UserError where activations are quantised: weights between codes have no kernel.
     """
+    if has_quantisers(graph):
+        raise UserError(f"--family {family.format}: this network computes with integers; expected float activations")
     found = {}
     for name, grid in _grids(graph, params, family).items():
         step = grid.scale.double().expand_as(grid.weight)

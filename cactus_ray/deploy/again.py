@@ -164,4 +164,5 @@ def ample_settings(document: doc.Document, findings: list[str]) -> VerificationS
     return replace(
         stated, arithmetic=arithmetic, seconds_per_sample=seconds,
         attack_steps=min(stated.attack_steps, usual.attack_steps), restarts=min(stated.restarts, usual.restarts),
+        targeted_runs=min(stated.targeted_runs, usual.targeted_runs),
     )  # fmt: skip

@@ -94,6 +94,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def clip(self, points: Tensor) -> Tensor:
+        """The admissible points that are nearest to points [N, C, H, W]."""
+        return torch.minimum(torch.maximum(points, self.lower), self.upper)
+
     def select(self, positions: Sequence[int]) -> Batch:
         """Some of the samples, by their position in the batch."""
         chosen = torch.tensor(positions, dtype=torch.int64, device=self.images.device)

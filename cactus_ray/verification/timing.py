@@ -8,7 +8,9 @@ from contextvars import ContextVar
 
 STAGES = ("clean", "attack", "ibp", "crown", "alpha", "branch")
 _STAGE_OF = {
-    "known": "attack", "quick_attack": "attack", "full_attack": "attack", "interval": "ibp", "linear": "crown",
+    "known_points": "attack", "nearest_points": "attack", "quick_attack": "attack", "full_attack": "attack",
+    "hunt": "attack", "interval_bounds": "ibp", "linear_bounds": "crown", "alpha_bounds": "alpha",
+    "branch_and_bound": "branch",
 }  # fmt: skip
 _LISTENER: ContextVar[dict[str, float] | None] = ContextVar("_LISTENER", default=None)
 
@@ -28,6 +30,5 @@ def book(function: str, seconds: float) -> None:
     """Tell the innermost listener, if there is one, that the stage of that function took so long."""
     listener = _LISTENER.get()
     if listener is not None:
-        name = function.strip("_")
-        stage = _STAGE_OF.get(name, name)
+        stage = _STAGE_OF.get(function, function)
         listener[stage] = listener.get(stage, 0.0) + seconds

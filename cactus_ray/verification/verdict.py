@@ -81,7 +81,13 @@ class VerificationSettings:
     """How hard the cascade tries. None of these can make a verdict wrong, only UNKNOWN."""
 
     attack_steps: int = setting(40, doc="gradient steps of each attack; 0: no attack", minimum=0, maximum=10_000)
-    restarts: int = setting(2, doc="attacks on a sample that interval bounds leave open", minimum=1, maximum=1000)
+    restarts: int = setting(1, doc="attacks on a sample that interval bounds leave open", minimum=1, maximum=1000)
+    targeted_runs: int = setting(
+        8,
+        doc="Auto-PGD runs, of a quarter of attack_steps each, against the classes that IBP or CROWN leave open",
+        minimum=0,
+        maximum=1000,
+    )
     bound: str = setting(
         "crown",
         doc="strongest bound that is tried; branch: branch and bound",

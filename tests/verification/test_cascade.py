@@ -18,7 +18,7 @@ from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.trace import trace
 from cactus_ray.config import ThreatConfig
 from cactus_ray.errors import UserError
-from cactus_ray.verification import cascade, soundness
+from cactus_ray.verification import soundness, stages, work
 from cactus_ray.verification.attack import attack
 from cactus_ray.verification.cascade import SoundnessError, VerificationSettings, verify
 from cactus_ray.verification.soundness import Batch, Model
@@ -26,7 +26,7 @@ from cactus_ray.verification.verdict import SampleVerdict, Verdict
 
 THREAT = ThreatConfig(epsilon=EPSILON)
 QUICK = VerificationSettings(attack_steps=8, restarts=1)
-true_margins, true_crown, true_attack = interval.margins, linear.crown_margins, cascade.attack
+true_margins, true_crown, true_attack = interval.margins, linear.crown_margins, stages.attack
 
 
 def run(subject: Subject, settings: VerificationSettings = QUICK, **options: Any) -> list[SampleVerdict]:
@@ -225,7 +225,7 @@ def test_margins_that_are_not_finite_prove_nothing(
 
 def test_a_cascade_that_reads_nan_as_proved_would_be_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault of the test above: the wrong comparison does certify."""
-    monkeypatch.setattr(cascade, "proved", lambda lower, labels: ~(lower < 0).any(1))
+    monkeypatch.setattr(work, "proved", lambda lower, labels: ~(lower < 0).any(1))
     monkeypatch.setattr(
         interval, "margins", lambda g, p, box, labels, **o: torch.full((len(labels), 10), math.nan).double()
     )
@@ -295,14 +295,14 @@ def test_an_attack_that_leaves_the_ball_or_the_domain_falsifies_nothing(
         assert bool((margins < 0).any())
         return points, margins
 
-    monkeypatch.setattr(cascade, "attack", astray)
+    monkeypatch.setattr(stages, "attack", astray)
     assert {v.decided_by for v in run(subject, settings)} == {"clean", "bounds"}
     monkeypatch.setattr(
-        cascade, "replays", lambda model, batch, points: soundness.replays(model, replace(batch, epsilon=9.0), points)
+        work, "replays", lambda model, batch, points: soundness.replays(model, replace(batch, epsilon=9.0), points)
     )
     inside_domain_only = Counter(v.decided_by for v in run(subject, settings))
     monkeypatch.setattr(
-        cascade,
+        work,
         "replays",
         lambda model, batch, points: soundness.replays(model, replace(batch, epsilon=9.0, domain=(-9.0, 9.0)), points),
     )

@@ -21,7 +21,7 @@ from cactus_ray.bounds import interval, relaxation, splits
 from cactus_ray.bounds.graph import Node, Params
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.rows import Rows
-from cactus_ray.verification import branch, cascade
+from cactus_ray.verification import branch, work
 from cactus_ray.verification.verdict import VerificationSettings
 
 FIXED = 100
@@ -220,7 +220,7 @@ def forgotten_half(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_class_is_enough(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cascade, "proved", lambda lower, labels: (lower > 0).any(1))
+    patch.setattr(work, "proved", lambda lower, labels: (lower > 0).any(1))
 
 
 FAULTS: list[tuple[Fault, str]] = [
@@ -242,7 +242,7 @@ def too_large(
     campaign: Campaign, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, int], list[str]]:
     """Faults on balls just too large, of which nothing is true but FALSIFIED, and with no attack to say so first."""
-    monkeypatch.setattr(cascade, "check_bounds", lambda *arguments: None)
+    monkeypatch.setattr(work, "check_bounds", lambda *arguments: None)
     monkeypatch.setattr(branch._Branching, "_try", lambda *arguments: None)
     settings = VerificationSettings(attack_steps=0, bound="branch", max_nodes=80)
 
@@ -275,7 +275,7 @@ def test_planted_faults_of_bounds_are_found(
 def test_a_counterexample_that_is_none_is_found(
     campaign: Campaign, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cascade, "replays", lambda model, batch, points: torch.ones(len(points), dtype=torch.bool))
+    monkeypatch.setattr(work, "replays", lambda model, batch, points: torch.ones(len(points), dtype=torch.bool))
     case = next(c for c in cases if c.epsilon < c.subject.radius[0])
     assert "wrong FALSIFIED" in str(faults([campaign.judge(case, VerificationSettings())]))
 
@@ -293,7 +293,7 @@ def test_a_crash_is_a_fault_of_its_case(campaign: Campaign, cases: list[Case], m
     def crash(*arguments: object, **options: object) -> None:
         raise IndexError("no such neuron")
 
-    monkeypatch.setattr(cascade.interval, "margins", crash)
+    monkeypatch.setattr(interval, "margins", crash)
     record = campaign.judge(cases[0], VerificationSettings())
     assert record["faults"] == ["crashed"]
     assert "IndexError: no such neuron" in record["said"]

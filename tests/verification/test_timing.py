@@ -11,14 +11,14 @@ from cactus_ray.verification.verdict import VerificationSettings
 
 
 def test_seconds_are_booked_by_stage_and_only_inside_the_block() -> None:
-    book("_clean", 1.0)  # nobody listens
+    book("clean", 1.0)  # nobody listens
     with stage_seconds() as outer:
-        book("_quick_attack", 1.0)
+        book("quick_attack", 1.0)
         with stage_seconds() as inner:
-            book("_full_attack", 2.0)
-        book("_full_attack", 4.0)
-        book("_linear", 8.0)
-    book("_linear", 16.0)
+            book("full_attack", 2.0)
+        book("full_attack", 4.0)
+        book("linear_bounds", 8.0)
+    book("linear_bounds", 16.0)
     assert (outer, inner) == ({"attack": 5.0, "crown": 8.0}, {"attack": 2.0})
 
 
