@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.bounds.quantizer import has_quantisers
-from cactus_ray.compression.levels import FORMATS, Level
+from cactus_ray.compression.levels import FORMATS, INTEGER_INFERENCE, Level
 from cactus_ray.compression.quantize import largest_code, quantize, quantize_affine
 from cactus_ray.config import setting
 from cactus_ray.errors import UserError
 
 RADII = {"half": 0.5, "one": 1.0}
 ZEROS = ("fixed", "free")
-INTEGERS = tuple(name for name in FORMATS if Level(quantise=name).bits is not None)
+INTEGERS = tuple(name for name in FORMATS if Level(quantise=name).bits is not None and name != INTEGER_INFERENCE)
+"""Formats of weights; w8a8 quantises activations, too, which no radius of a weight covers."""
 UNIT = 2.0**-24
 
 

@@ -85,6 +85,8 @@ def test_an_onnx_file_is_a_centre(tmp_path: Path, network: Path, capsys: pytest.
     ("options", "words"),
     [
         (["--family", "int9"], "--family: got 'int9'"),
+        (["--family", "w8a8"], "--family: got 'w8a8'"),
+        (["--family", "int8", "--levels", "w8a8"], "--levels: got 'w8a8'"),
         (["--family", "int8", "--family-radius", "two"], "--family-radius: got 'two'"),
         (["--family", "int8", "--family-zeros", "no"], "--family-zeros: got 'no'"),
         (["--family", "int8", "--levels", "int4"], "--levels: got 'int4'"),

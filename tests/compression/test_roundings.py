@@ -8,7 +8,7 @@ from cactus_ray.bounds.graph import Graph, Node, Params
 from cactus_ray.compression.family import Family, ends, nearest, neighbours, outside, radii
 from cactus_ray.compression.quantize import dequantize, quantize, quantize_affine, step
 from cactus_ray.config import parse
-from cactus_ray.errors import ConfigError
+from cactus_ray.errors import ConfigError, UserError
 
 GRAPH = Graph((Node("input", "input"), Node("fc", "linear", ("input",)), Node("conv", "conv2d", ("fc",))), (4,))
 FORMATS = ("int8", "int6", "int4", "ternary", "int4:tensor", "int8:affine", "int4:affine", "int2:tensor:affine")
@@ -117,6 +117,15 @@ def test_what_is_no_member_is_named() -> None:
     broken[0, 0, 0, 0] = torch.nan
     assert outside(params, {**params, "conv.weight": broken}, wide) == ["conv.weight"]
     assert outside(params, {"fc.bias": params["fc.bias"]}, wide) == ["conv.weight", "fc.weight"]
+
+
+def test_quantised_activations_are_no_part_of_a_family() -> None:
+    codes = Node("codes", "quantize", ("fc",), {"scale": 0.1, "zero_point": 0, "low": -128, "high": 127})
+    params = {k: v for k, v in params_of(0).items() if k.startswith("fc")}
+    with pytest.raises(UserError, match="float activations"):
+        radii(Graph((*GRAPH.nodes[:2], codes), (4,)), params, Family(format="int8"))
+    with pytest.raises(ConfigError):
+        parse(Family, {"format": "w8a8"})
 
 
 def test_a_family_is_read_strictly() -> None:
