@@ -10,65 +10,50 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds import interval, linear
-from cactus_ray.bounds.ascent import Search, batch_of, optimise, parts
+from cactus_ray.bounds.ascent import BOX_STEPS, Search, batch_of, optimise, parts
 from cactus_ray.bounds.graph import RELUS, Graph, Params
 from cactus_ray.bounds.interval import Box
-from cactus_ray.bounds.linear import FULL_EFFORT, Effort
+from cactus_ray.bounds.linear import FULL_EFFORT, Effort, Relaxed
 from cactus_ray.bounds.rounding import Rounding
-from cactus_ray.bounds.rows import Rows, unit_rows
+from cactus_ray.bounds.rows import Rows
+from cactus_ray.bounds.slopes import own_slopes, with_slopes
 from cactus_ray.bounds.splits import Network, Problems, Root
 
 __all__ = ["Margins", "Search", "alpha_margins", "margin_problems", "tightened_boxes"]
 
 
 def tightened_boxes(
-    network: Network, boxes: Mapping[str, Box], how: Search, effort: Effort = FULL_EFFORT
+    network: Network, boxes: Mapping[str, Box], steps: int = BOX_STEPS, effort: Effort = FULL_EFFORT
 ) -> dict[str, Box]:
     """Boxes of ``linear.intermediate_boxes`` intersected with optimised bounds of unstable ReLUs; each has its slopes.
 
-    In the network's order, each layer from the tightened ones before it. ``effort``: rows of a layer and sample that
-    are optimised (the loosest first), and the deadline from which on boxes stay as they are.
+    In the network's order, each layer from the tightened ones before it. ``steps``: of the slopes, for every layer of
+    ReLUs that the bound passes. ``effort``: rows of a layer and sample that are optimised (the loosest first), and the
+    deadline from which on boxes stay as they are.
     """
     graph, rounding = network.graph, network.rounding
     step = interval.step if rounding is None else rounding.step
     found: dict[str, Box] = {}
     readers = graph.consumers()
+    if effort.memory is None and network.device.type != "cpu":  # a search holds several tensors at once
+        effort = replace(effort, memory=linear.memory_of(network.device) // 8)
+
+    def bounded(relaxed: Relaxed, rows: Rows) -> Tensor:
+        layers = sum(graph[name].op in RELUS for name in relaxed.relaxations)
+        own = own_slopes(relaxed, network.single, rows, steps * layers)
+        return with_slopes(relaxed, own).lower_bounds(rows)
+
     for node in graph.nodes[:-1]:
         box = boxes[node.name]
         if node.op != "input":  # what earlier layers gained is worth something here, too
             box = _intersection(box, step(node, network.params, [found[i] for i in node.inputs]))
         late = effort.deadline is not None and time.perf_counter() >= effort.deadline
         if {reader.op for reader in readers[node.name]} & set(RELUS) and not late:
-            root = Root.on(network, {**found, node.name: box}, node.name)
-            if root.neurons.size:  # without a ReLU before it, CROWN's bounds are exact
-                box = _tighten(root, box, how, effort)
+            relaxed = Relaxed.on(graph, network.params, {**found, node.name: box}, node.name, rounding)
+            if any(graph[name].op in RELUS for name in relaxed.relaxations):  # else CROWN's bounds are exact
+                box = linear.tighten(relaxed, box, linear.looseness_of(box, pooled=False), effort, bounded)
         found[node.name] = box if rounding is None or node.op == "input" else rounding.seal(box)
     return found
-
-
-def _tighten(root: Root, box: Box, how: Search, effort: Effort) -> Box:
-    """The box of the root's last node, intersected with optimised bounds of its loosest unstable neurons."""
-    lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
-    looseness = torch.minimum(upper, -lower)
-    places = [row.argsort(descending=True, stable=True)[: min(effort.rows, int((row > 0).sum()))] for row in looseness]
-    sample = torch.cat([torch.full_like(p, i) for i, p in enumerate(places)])
-    place = torch.cat(places)
-    shape = tuple(box.center.shape[1:])
-    index = root.unstable()
-    for part in parts(len(place), max(1, batch_of(root) // 2), place.device):
-        if effort.deadline is not None and time.perf_counter() >= effort.deadline:
-            break
-        rows = unit_rows(place[part, None], shape, lower.dtype)
-        origin = None if rows.origin is None else torch.cat([rows.origin, rows.origin])
-        both = Rows(torch.cat([rows.coefficients, -rows.coefficients]), origin)
-        chosen = sample[part].repeat(2)
-        sign = torch.zeros_like(index[chosen], dtype=torch.int8)
-        bound = optimise(root, Problems(chosen, both, index[chosen], sign), None, None, how).lower
-        low, high = bound[: len(part)], -bound[len(part) :]
-        at = sample[part], place[part]
-        lower[at] = torch.where(low > lower[at], low, lower[at])  # false for NaN
-        upper[at] = torch.where(high < upper[at], high, upper[at])
-    return _intersection(box, Box.between(lower.view_as(box.center), upper.view_as(box.center)))
 
 
 def _intersection(box: Box, other: Box) -> Box:
@@ -142,12 +127,12 @@ def alpha_margins(
     found = _optimised(Margins(known, root, sample, other, index, None), labels, how)
     rows = (~(found.lower[sample, other] > how.target)).nonzero()[:, 0]
     late = how.deadline is not None and time.perf_counter() >= how.deadline
-    if len(rows) == 0 or late:
+    if len(rows) == 0 or late or how.box_steps == 0:
         return found
     left = torch.unique(sample[rows])
     with torch.no_grad():
         loose = {name: Box(b.center[left], b.radius[left]) for name, b in boxes.items()}
-        for name, tight in tightened_boxes(network, loose, replace(how, target=torch.inf), effort).items():
+        for name, tight in tightened_boxes(network, loose, how.box_steps, effort).items():
             box = boxes[name]
             boxes[name] = Box(
                 box.center.index_copy(0, left, tight.center), box.radius.index_copy(0, left, tight.radius)

@@ -7,17 +7,23 @@ slopes and multipliers found.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cactus_ray.bounds import linear
-from cactus_ray.bounds.graph import Params
+from cactus_ray.bounds.graph import Params, slope_of
+from cactus_ray.bounds.relaxation import Relaxation
+from cactus_ray.bounds.rows import Rows
+from cactus_ray.bounds.slopes import RATE, Climb, FreeRelu, least_slope, rates
 from cactus_ray.bounds.splits import Problems, Region, Root
 
-ALPHA_RATE, BETA_RATE, DECAY = 0.25, 0.1, 0.96
-"""First step sizes of slopes and of multipliers, and the factor of each further step."""
+BETA_RATE, BETA_DECAY = 0.1, 0.96
+"""First step size of multipliers, and the factor of each further step."""
+BOX_STEPS = 4
+"""Steps of the slopes that bound nodes inside the network, by layers of ReLUs before them: more gain little."""
 PROBLEMS_AT_ONCE = 256
 """Problems that one search bounds together where the network is small; see ``batch_of``."""
 
@@ -27,14 +33,15 @@ class Search:
     """How slopes are searched: at most ``iterations`` bounds of each problem (>= 1: the first has the slopes given).
 
     A problem whose bound exceeds ``target`` leaves early. ``deadline``: value of ``time.perf_counter`` at which the
-    search stops with the best so far.
+    search stops with the best so far. ``box_steps``: see ``alpha.tightened_boxes``; 0: boxes stay as CROWN gives them.
     """
 
     iterations: int = 20
     target: float = 0.0
-    alpha_rate: float = ALPHA_RATE
+    alpha_rate: float = RATE
     beta_rate: float = BETA_RATE
     deadline: float | None = None
+    box_steps: int = BOX_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,69 +61,110 @@ class Found:
 
 
 def search(region: Region, params: Params, alpha: Tensor, beta: Tensor, how: Search) -> tuple[Tensor, Tensor]:
-    """The best slopes and multipliers [B, U] float32 that Adam finds from the given ones; deterministic.
+    """The best slopes and multipliers [B, U] float32 that are found from the given ones; deterministic.
 
-    ``region`` is of float64, ``params`` the network's tensors of float32. Steps are projected, never clamped in the
-    graph: a clamp's gradient is 0 at the ends, where slopes start.
+    ``region`` is of float64, ``params`` the network's tensors of float32.
     """
     with torch.enable_grad():
-        single = region.single(params)
-        least = single.slope_limits().expand(len(alpha), -1).gather(1, single.index)
-        alpha, beta = torch.maximum(alpha, least).clamp(max=1.0), beta.clamp(min=0.0)
-        state = _Ascent(single, alpha, beta, least)
-        best_alpha, best_beta = alpha.clone(), beta.clone()
-        best = torch.full_like(region.base.box.center.flatten(1)[:, 0], -torch.inf, dtype=torch.float32)
+        state = _Ascent(region, params, alpha, beta)
+        best_slopes, best_beta = state.slopes.clone(), state.beta.detach().clone()
+        best = torch.full_like(best_slopes[:, 0], -torch.inf)
         active = torch.arange(len(best), device=best.device)
+        steps = rates(how.iterations, how.alpha_rate)
         for step in range(how.iterations):
             bound = state.bound()
             value = bound.detach()
             better = value > best[active]  # false for NaN
             improved = active[better]
             best[improved] = value[better]
-            best_alpha[improved], best_beta[improved] = state.alpha.detach()[better], state.beta.detach()[better]
+            best_slopes[improved], best_beta[improved] = state.slopes[better], state.beta.detach()[better]
             # float32 and float64 differ in the last digits: what only just holds is improved further
             left = ~(value > how.target + 1e-4 * (1.0 + abs(how.target)))
             late = how.deadline is not None and time.perf_counter() >= how.deadline
             if step + 1 == how.iterations or late or not bool(left.any()):
                 break
-            state.ascend(bound, how.alpha_rate * DECAY**step, how.beta_rate * DECAY**step)
+            state.ascend(bound, steps[step], how.beta_rate * BETA_DECAY**step)
             if int(left.sum()) <= 0.75 * len(left):
                 active = active[left]
                 state.keep(left)
-    return best_alpha, best_beta
+    beta = torch.zeros_like(beta)
+    beta[:, state.columns] = best_beta
+    return best_slopes.gather(1, region.index), beta
 
 
 class _Ascent:
-    """Projected Adam on the sum of the bounds; problems do not influence each other."""
+    """Problems of one form each on their way up, in float32; they do not influence each other.
 
-    def __init__(self, region: Region, alpha: Tensor, beta: Tensor, least: Tensor) -> None:
-        self.region, self.least = region, least
-        self.alpha, self.beta = alpha.clone().requires_grad_(), beta.clone().requires_grad_()
-        self.moments = [torch.zeros_like(v) for v in (alpha, alpha, beta, beta)]
+    ``slopes`` [B, F + 1]: of all ReLUs, shared with the relaxations. ``beta`` [B, K]: multipliers of the variables
+    (``columns``) that are split in some problem.
+    """
+
+    def __init__(self, region: Region, params: Params, alpha: Tensor, beta: Tensor) -> None:
+        single = region.single(params)
+        least = [least_slope(slope_of(node)) for node, *_ in region.neurons.nodes]
+        self.nodes = list(zip(region.neurons.nodes, least, strict=True))
+        free = torch.zeros_like(single.slopes).scatter(1, region.index, region.free.float())
+        self.slopes = single.slopes.scatter(1, region.index, torch.where(region.free, alpha, single.start()))
+        self.columns = (region.sign != 0).any(0).nonzero()[:, 0]
+        self.places, self.sign = region.index[:, self.columns], single.sign[:, self.columns]
+        self.beta = beta[:, self.columns].clamp(min=0.0).requires_grad_()
+        self.moments = [torch.zeros_like(self.beta), torch.zeros_like(self.beta)]
         self.steps = 0
+        relus: dict[str, Relaxation] = {}
+        for ((node, shape, first, end), low), (upper, intercept) in zip(self.nodes, single.upper, strict=True):
+            self.slopes[:, first:end].clamp_(low, 1.0)
+            start, loose = (flat[:, first:end].view(-1, *shape) for flat in (self.slopes, free))
+            relus[node.name] = FreeRelu(start, upper, intercept, loose, low)
+        base = replace(single.base, relaxations={**single.base.relaxations, **relus})
+        self.climb = Climb(base, single.rows)
+        self._share({})
+
+    def _share(self, directions: Mapping[str, Tensor]) -> None:
+        """Let the relaxations read and move this object's slopes."""
+        for (node, shape, first, end), _ in self.nodes:
+            relu = self.climb.relaxed.relaxations[node.name]
+            assert isinstance(relu, FreeRelu)
+            relu.alpha = self.slopes[:, first:end].view(-1, 1, *shape).detach().requires_grad_()
+            relu.direction = directions.get(node.name)
 
     def bound(self) -> Tensor:
-        return self.region.at(self.alpha, self.beta).lower_bounds(self.region.rows)[:, 0]
+        """The bounds [B] at the variables as they are."""
+        if len(self.columns):
+            pressed = Region.multiplier(self.sign, self.beta)
+            flat = torch.zeros_like(self.slopes).scatter(1, self.places, pressed)
+            ends = [end for (_, _, _, end), _ in self.nodes]
+            parts = torch.tensor_split(flat, ends, dim=1)
+            for ((node, shape, *_), _), part in zip(self.nodes, parts, strict=False):
+                relu = self.climb.relaxed.relaxations[node.name]
+                assert isinstance(relu, FreeRelu)
+                relu.multiplier = part.reshape(-1, 1, *shape)
+        return self.climb.bound()[:, 0]
 
     def ascend(self, bound: Tensor, alpha_rate: float, beta_rate: float) -> None:
-        gradients = torch.autograd.grad(bound.sum(), (self.alpha, self.beta), allow_unused=True, materialize_grads=True)
+        """Slopes go by the signs of their gradients, multipliers, which have no scale, by Adam."""
+        relus = self.climb.relus()
+        variables = [relu.alpha for relu in relus.values() if relu.alpha is not None]
+        *gradients, gradient = torch.autograd.grad(
+            bound.sum(), [*variables, self.beta], allow_unused=True, materialize_grads=True
+        )
+        for relu, slope in zip(relus.values(), gradients, strict=True):
+            relu.climb(slope, alpha_rate)
         self.steps += 1
-        for i, (variable, gradient, rate) in enumerate(
-            zip((self.alpha, self.beta), gradients, (alpha_rate, beta_rate), strict=True)
-        ):
-            mean, square = self.moments[2 * i], self.moments[2 * i + 1]
-            mean.mul_(0.9).add_(gradient, alpha=0.1)
-            square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            scale = (1 - 0.999**self.steps) ** 0.5 / (1 - 0.9**self.steps)
-            variable.data.addcdiv_(mean, square.sqrt().add_(1e-12), value=rate * scale)
-        self.alpha.data = torch.maximum(self.alpha.data, self.least).clamp_(max=1.0)
-        self.beta.data.clamp_(min=0.0)
+        mean, square = self.moments
+        mean.mul_(0.9).add_(gradient, alpha=0.1)
+        square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = (1 - 0.999**self.steps) ** 0.5 / (1 - 0.9**self.steps)
+        self.beta.data.addcdiv_(mean, square.sqrt().add_(1e-12), value=beta_rate * scale).clamp_(min=0.0)
 
     def keep(self, which: Tensor) -> None:
-        self.region, self.least = self.region.select(which), self.least[which]
-        self.alpha = self.alpha.detach()[which].requires_grad_()
+        """Go on with some of the problems."""
+        directions = {n: r.direction[which] for n, r in self.climb.relus().items() if r.direction is not None}
+        rows = Rows(self.climb.rows.coefficients[which])
+        self.slopes, self.places, self.sign = self.slopes[which], self.places[which], self.sign[which]
         self.beta = self.beta.detach()[which].requires_grad_()
         self.moments = [m[which] for m in self.moments]
+        self.climb = Climb(self.climb.relaxed.select(which), rows)
+        self._share(directions)
 
 
 def optimise(root: Root, problems: Problems, alpha: Tensor | None, beta: Tensor | None, how: Search) -> Found:
@@ -152,6 +200,6 @@ def parts(count: int, size: int, device: torch.device) -> tuple[Tensor, ...]:
 
 def batch_of(root: Root) -> int:
     """How many problems are bounded at once: what the caches or the memory hold, as in ``linear.Relaxed.sweep``."""
-    memory = linear.CPU_BYTES if root.low.device.type == "cpu" else linear.DEVICE_BYTES
+    memory = linear.memory_of(root.low.device)
     largest = 4 * max(root.neurons.size, 1)
     return max(8, min(PROBLEMS_AT_ONCE if root.low.device.type == "cpu" else 4096, 4 * memory // largest))

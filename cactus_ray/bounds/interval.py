@@ -116,6 +116,24 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
     return Box(inputs[0].center + inputs[1].center, inputs[0].radius + inputs[1].radius)  # add
 
 
+def mixing(graph: Graph) -> dict[str, int]:
+    """How far a node's interval box is from exact. 0: neurons vary independently; 1: every end is attained; 2: neither.
+
+    One layer that mixes independent inputs has exact interval bounds; CROWN gains nothing there.
+    """
+    level: dict[str, int] = {}
+    for node in graph.nodes:
+        below = max((level[i] for i in node.inputs), default=0)
+        match node.op:
+            case "conv2d" | "linear" | "avg_pool2d" | "max_pool2d":
+                level[node.name] = 1 if below == 0 else 2
+            case "add":
+                level[node.name] = 2
+            case _:
+                level[node.name] = below
+    return level
+
+
 def margins(
     graph: Graph,
     params: Params,

@@ -20,13 +20,18 @@ from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.quantizer import on_input, relax_quantize
 from cactus_ray.bounds.relaxation import RELAXED, Relaxation, relax
 from cactus_ray.bounds.rounding import UNDERFLOW, Rounding
-from cactus_ray.bounds.rows import Rows, Shape, unit_rows
+from cactus_ray.bounds.rows import Rows, Shape, contract, unit_rows
 from cactus_ray.bounds.spread import Spread, spreads
 
 CPU_BYTES, DEVICE_BYTES = 1 << 22, 1 << 30
 """Bytes of one dense coefficient tensor: on a CPU what its caches hold (several times faster), else memory."""
 LEAST_ROWS = 32
 """Rows that are bounded at once however large their node is; fewer would only cost overhead."""
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that one tensor of coefficients may take."""
+    return CPU_BYTES if device.type == "cpu" else DEVICE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ def intermediate_boxes(
     what is computed in its arithmetic.
     """
     boxes: dict[str, Box] = {}
-    mixing, readers = _mixing(graph), graph.consumers()
+    mixing, readers = interval.mixing(graph), graph.consumers()
     for node in graph.nodes[:-1]:
         inputs = [boxes[i] for i in node.inputs]
         if node.op == "input":
@@ -114,43 +119,26 @@ def intermediate_boxes(
         kinds -= {"quantize"} if node.op in RELUS else set()  # bounded from what the ReLU reads
         late = effort.deadline is not None and time.perf_counter() >= effort.deadline
         if effort.intermediate == "crown" and mixing[node.name] == 2 and kinds & {*RELAXED} and not late:
-            looseness = _looseness(boxes[node.name], pooled=bool(kinds & {"max_pool2d", "quantize"}))
+            looseness = looseness_of(boxes[node.name], pooled=bool(kinds & {"max_pool2d", "quantize"}))
             relaxed = Relaxed.on(graph, params, boxes, node.name, rounding)
-            boxes[node.name] = _tighten(relaxed, boxes[node.name], looseness, effort)
+            boxes[node.name] = tighten(relaxed, boxes[node.name], looseness, effort)
             if rounding is not None:
                 boxes[node.name] = rounding.seal(boxes[node.name])
     return boxes
 
 
-def _mixing(graph: Graph) -> dict[str, int]:
-    """How far a node's interval box is from exact. 0: neurons vary independently; 1: every end is attained; 2: neither.
-
-    One layer that mixes independent inputs has exact interval bounds; CROWN gains nothing there.
-    """
-    level: dict[str, int] = {}
-    for node in graph.nodes:
-        below = max((level[i] for i in node.inputs), default=0)
-        match node.op:
-            case "conv2d" | "linear" | "avg_pool2d" | "max_pool2d":
-                level[node.name] = 1 if below == 0 else 2
-            case "add":
-                level[node.name] = 2
-            case _:
-                level[node.name] = below
-    return level
-
-
-def _looseness(box: Box, pooled: bool) -> Tensor:
+def looseness_of(box: Box, pooled: bool) -> Tensor:
     """What tighter bounds of a neuron are worth [N, F]: 0 for a stable ReLU; other readers want them all narrow."""
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     return upper - lower if pooled else torch.minimum(upper, -lower).clamp(min=0)
 
 
-def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> Box:
-    """The box of the relaxed network's last node, intersected with CROWN's bounds of the neurons of looseness > 0.
+def tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort, how: Bounder | None = None) -> Box:
+    """The box of the relaxed network's last node, intersected with linear bounds of the neurons of looseness > 0.
 
-    Where the intersection is empty, which only rounding can cause, and where CROWN's bound is NaN, the neuron keeps
-    its interval bounds.
+    ``how`` bounds the forms of a part of the network; None: ``Relaxed.lower_bounds``. Stops at the deadline. Where the
+    intersection is empty, which only rounding can cause, and where the linear bound is NaN, the neuron keeps its
+    bounds of before.
     """
     lower, upper = box.lower.flatten(1), box.upper.flatten(1)
     order = looseness.argsort(dim=1, descending=True, stable=True)
@@ -161,16 +149,22 @@ def _tighten(relaxed: Relaxed, box: Box, looseness: Tensor, effort: Effort) -> B
         return unit_rows(order[chunk, start:stop], shape, lower.dtype).with_negatives()
 
     new_lower, new_upper = lower.clone(), upper.clone()
-    for chunk, start, stop, bound in relaxed.sweep(counts, both_signs, effort.memory):
+    for chunk, start, stop, bound in relaxed.sweep(counts, both_signs, effort.memory, how):
         place = chunk[:, None], order[chunk, start:stop]
         # padding is left out, or a sample's bounds would depend on its neighbours in the batch
         own = torch.arange(start, stop, device=counts.device) < counts[chunk, None]
         low, high = bound[:, : stop - start], -bound[:, stop - start :]
         new_lower[place] = torch.where(own & (low > lower[place]), low, lower[place])
         new_upper[place] = torch.where(own & (high < upper[place]), high, upper[place])
+        if effort.deadline is not None and time.perf_counter() >= effort.deadline:
+            break
     empty = new_lower > new_upper
     new_lower, new_upper = torch.where(empty, lower, new_lower), torch.where(empty, upper, new_upper)
     return Box.between(new_lower.view_as(box.center), new_upper.view_as(box.center))
+
+
+Bounder = Callable[["Relaxed", Rows], Tensor]
+"""Lower bounds [N, S] of forms over the last node's output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,12 +222,13 @@ class Relaxed:
         radius = self.box.radius
         if self.charges:
             radius = radius + self.charges[self.graph.nodes[0].name]
-        return bound + rows.dot(self.box.center) - rows.absolute().dot(radius)
+        center, radius = rows.overs(self.box.center, radius)
+        return bound + contract(rows.coefficients, center) - contract(rows.absolute().coefficients, radius)
 
-    def input_rows(self, rows: Rows) -> tuple[Rows, Tensor]:
+    def input_rows(self, rows: Rows, visit: Callable[[Rows], object] | None = None) -> tuple[Rows, Tensor]:
         """Forms over the input and constants [N, S] that are below the given forms over the last node's output.
 
-        The charges of all nodes but the input's are inside the constants.
+        The charges of all nodes but the input's are inside the constants. ``visit`` sees the forms at every node.
         """
         pending = {self.last: rows}
         bound = rows.coefficients.new_full(rows.coefficients.shape[:2], -UNDERFLOW if self.charges else 0.0)
@@ -241,6 +236,8 @@ class Relaxed:
             if node.name not in pending or node.op == "input":
                 continue
             rows = pending.pop(node.name)
+            if visit is not None:
+                visit(rows)
             if node.name in self.charges:
                 bound = bound - rows.absolute().dot(self.charges[node.name])
             shape, above = self.shapes[node.inputs[0]], rows
@@ -260,22 +257,36 @@ class Relaxed:
                 pending[source] = pending[source].plus(part, target) if source in pending else part
         return pending[self.graph.nodes[0].name], bound
 
+    def width(self, rows: Rows) -> int:
+        """The most coefficients that a form has on its way to the input, for one set of forms like the others."""
+        numbers = [math.prod(self.shapes[self.graph.nodes[0].name])]
+        self.input_rows(rows, lambda some: numbers.append(some.coefficients[0].numel()))
+        return max(numbers)
+
     def sweep(
-        self, counts: Tensor, make: Callable[[Tensor, int, int], Rows], memory: int | None
+        self,
+        counts: Tensor,
+        make: Callable[[Tensor, int, int], Rows],
+        memory: int | None,
+        how: Bounder | None = None,
     ) -> Iterator[tuple[Tensor, int, int, Tensor]]:
-        """Bound the first ``counts[n]`` [N] forms of every sample, in chunks that fit.
+        """Bound the first ``counts[n]`` [N] forms of every sample, in chunks that fit, by ``how`` or ``lower_bounds``.
 
         Yields (samples [n], start, stop, lower bounds of ``make(samples, start, stop)``). Samples with fewer forms
         than ``stop`` are padded with whatever ``make`` gives; their bounds are sound, too.
         """
-        memory = memory or (CPU_BYTES if counts.device.type == "cpu" else DEVICE_BYTES)
-        largest = max(math.prod(shape) for shape in self.shapes.values()) * self.box.center.element_size()
-        rows = max(LEAST_ROWS, memory // largest)
+        how = how or Relaxed.lower_bounds
+        memory = memory or memory_of(counts.device)
         most = int(counts.max()) if len(counts) else 0
+        if most == 0:
+            return
+        first = counts.argmax()[None]
+        largest = self.select(first).width(make(first, 0, 1)) * self.box.center.element_size()
+        rows = max(LEAST_ROWS, memory // largest)
         width = min(most, rows)
         by_count = counts.argsort(descending=True, stable=True)
         for start in range(0, most, max(width, 1)):
             active = by_count[counts[by_count] > start]
             for chunk in torch.split(active, max(1, rows // width)):
                 stop = min(start + width, int(counts[chunk].max()))
-                yield chunk, start, stop, self.select(chunk).lower_bounds(make(chunk, start, stop))
+                yield chunk, start, stop, how(self.select(chunk), make(chunk, start, stop))

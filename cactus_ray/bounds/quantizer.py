@@ -135,10 +135,10 @@ class QuantizeRelaxation:
     def pull(self, rows: Rows, shape: Shape) -> tuple[Rows, Tensor]:
         """Forms over the quantised values bounded from below by forms over x, and their constants [B, S]."""
         positive, negative = rows.coefficients.clamp(min=0), rows.coefficients.clamp(max=0)
-        constant = contract(positive, rows.over(self.lower_intercept))
-        constant = constant + contract(negative, rows.over(self.upper_intercept))
-        pulled = positive * rows.over(self.lower_slope) + negative * rows.over(self.upper_slope)
-        return Rows(pulled, rows.origin), constant
+        slopes, intercepts = (self.lower_slope, self.upper_slope), (self.lower_intercept, self.upper_intercept)
+        lower, upper, below, above = rows.overs(*slopes, *intercepts)
+        constant = contract(positive, below) + contract(negative, above)
+        return Rows(positive * lower + negative * upper, rows.origin), constant
 
     def select(self, samples: Tensor) -> QuantizeRelaxation:
         """The relaxation of some samples of the batch."""

@@ -7,6 +7,7 @@ infinite box gives NaN slopes, so the bounds that use them are NaN and prove not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,19 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import RELUS, Node, slope_of
 from cactus_ray.bounds.interval import Box
-from cactus_ray.bounds.quantizer import QuantizeRelaxation
 from cactus_ray.bounds.rows import Rows, Shape, contract
+
+
+class Relaxation(Protocol):
+    """Linear functions below and above a node that is not linear."""
+
+    def pull(self, rows: Rows, shape: Shape) -> tuple[Rows, Tensor]:
+        """Forms over the node's input of the given shape that are below forms over its output; constants [B, S]."""
+        ...
+
+    def select(self, samples: Tensor) -> Relaxation:
+        """The relaxation of some samples of the batch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +40,13 @@ class ReluRelaxation:
 
     def pull(self, rows: Rows, shape: Shape) -> tuple[Rows, Tensor]:
         """Forms over relu(x) bounded from below by forms over x, and their constants [B, S]."""
+        lower, upper, intercept = self.placed(rows)
         positive, negative = rows.coefficients.clamp(min=0), rows.coefficients.clamp(max=0)
-        constant = contract(negative, rows.over(self.intercept))
-        pulled = positive * rows.over(self.lower_slope) + negative * rows.over(self.upper_slope)
-        return Rows(pulled, rows.origin), constant
+        return Rows(positive * lower + negative * upper, rows.origin), contract(negative, intercept)
+
+    def placed(self, rows: Rows) -> tuple[Tensor, ...]:
+        """Lower slopes, upper slopes and intercepts where the coefficients are; they broadcast against them."""
+        return rows.overs(self.lower_slope, self.upper_slope, self.intercept)
 
     def select(self, samples: Tensor) -> ReluRelaxation:
         """The relaxation of some samples of the batch."""
@@ -65,8 +80,6 @@ class MaxPoolRelaxation:
         """The relaxation of some samples of the batch."""
         return MaxPoolRelaxation(*(t[samples] for t in (self.below, self.above, self.slope, self.intercept)))
 
-
-Relaxation = ReluRelaxation | MaxPoolRelaxation | QuantizeRelaxation
 
 RELAXED = (*RELUS, "max_pool2d", "quantize")
 """The operators that are not linear."""
@@ -120,6 +133,6 @@ def relax_max_pool(node: Node, box: Box) -> MaxPoolRelaxation:
     return MaxPoolRelaxation(below, above, slope.masked_fill(broken, torch.nan), intercept)
 
 
-def relax(node: Node, box: Box) -> Relaxation:
+def relax(node: Node, box: Box) -> ReluRelaxation | MaxPoolRelaxation:
     """The relaxation of a (leaky) ReLU or max-pool node on a box of its input."""
     return relax_relu(box, slope_of(node)) if node.op in RELUS else relax_max_pool(node, box)

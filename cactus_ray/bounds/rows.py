@@ -29,15 +29,20 @@ class Rows:
 
     def over(self, values: Tensor) -> Tensor:
         """``values`` [B, *shape] where the coefficients are: broadcasts against them. 0 outside the map."""
+        return self.overs(values)[0]
+
+    def overs(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Each of ``values`` [B, *shape] as of ``over``, looked up together."""
         if self.origin is None:
-            return values[:, None]
-        index, inside = self._places(values.shape[-2], values.shape[-1])
+            return tuple(value[:, None] for value in values)
+        index, inside = self._places(values[0].shape[-2], values[0].shape[-1])
         batch, count, _ = index.shape
-        maps = values.flatten(2)[:, None].expand(-1, count, -1, -1)
-        found = maps.gather(3, index[:, :, None].expand(-1, -1, values.shape[1], -1))
+        maps = torch.cat(values, 1).flatten(2)[:, None].expand(-1, count, -1, -1)
+        found = maps.gather(3, index[:, :, None].expand(-1, -1, maps.shape[2], -1))
         # not a product: a NaN or infinity of the map must not leak out of the padding
-        found = found.masked_fill(~inside[:, :, None], 0.0)
-        return found.view(batch, count, values.shape[1], *self.coefficients.shape[-2:])
+        found = found.masked_fill_(~inside[:, :, None], 0.0)
+        found = found.view(batch, count, maps.shape[2], *self.coefficients.shape[-2:])
+        return torch.split(found, [value.shape[1] for value in values], dim=2)
 
     def inside(self, shape: Shape) -> Rows:
         """The same forms with zeros outside the map; dense once a window is no smaller than half the map."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, apply_node, slope_of
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, apply_node
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.linear import Relaxed
 from cactus_ray.bounds.quantizer import QuantizeRelaxation
@@ -33,6 +33,11 @@ class Network:
     params: Params
     single: Params
     rounding: Rounding | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return next(iter(self.single.values())).device
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,7 @@ class Region:
     def single(self, params: Params) -> Region:
         """The region in float32, for searching; ``params`` are the network's tensors in float32."""
         return Region(
-            _cast(self.base, params),
+            cast(self.base, params),
             self.neurons,
             Rows(self.rows.coefficients.float(), self.rows.origin),
             self.index,
@@ -237,28 +242,23 @@ class Region:
             self.reach[which],
         )
 
-    def slope_limits(self) -> Tensor:
-        """Smallest sound lower slope of every neuron [F + 1], rounded up; the largest is 1."""
-        limits = self.slopes.new_zeros(self.slopes.shape[1])
-        for node, _, first, end in self.neurons.nodes:
-            limits[first:end] = slope_of(node)
-            if slope_of(node) > 0:
-                limits[first:end] = torch.nextafter(limits[first:end], torch.ones_like(limits[first:end]))
-        return limits
-
     def start(self) -> Tensor:
         """CROWN's slopes of the ReLUs with variables [B, U]."""
         return self.slopes.gather(1, self.index)
 
+    @staticmethod
+    def multiplier(sign: Tensor, beta: Tensor) -> Tensor:
+        """What a split ReLU's input is multiplied by, a term that is <= 0 on the half, for ``beta`` >= 0."""
+        return -sign * beta  # sign 1 means -x <= 0 on the half, sign -1 means x <= 0
+
     def at(self, alpha: Tensor, beta: Tensor, seen: list[tuple[str, Tensor]] | None = None) -> Relaxed:
         """The relaxation with lower slopes ``alpha`` where a ReLU is free, and multipliers ``beta`` where it is split.
 
-        Both [B, U], in the region's precision; slopes within ``slope_limits`` and 1, multipliers >= 0, or the bounds
-        are not sound. ``seen``: see SplitRelu.
+        Both [B, U], in the region's precision; slopes between ``slopes.least_slope`` and 1, multipliers >= 0, or the
+        bounds are not sound. ``seen``: see SplitRelu.
         """
         slopes = self.slopes.scatter(1, self.index, torch.where(self.free, alpha, self.start()))
-        # sign 1 means -x <= 0 on the half, sign -1 means x <= 0
-        multiplier = torch.zeros_like(self.slopes).scatter(1, self.index, -self.sign * beta)
+        multiplier = torch.zeros_like(self.slopes).scatter(1, self.index, self.multiplier(self.sign, beta))
         reach = torch.zeros_like(self.slopes).scatter(1, self.index, self.sign.abs() * self.reach)
         relaxations: dict[str, Relaxation] = dict(self.base.relaxations)
         for (node, shape, first, end), (upper, intercept) in zip(self.neurons.nodes, self.upper, strict=True):
@@ -276,7 +276,7 @@ def halves(root: Root, problems: Problems) -> tuple[Tensor, Tensor]:
     return low.scatter(1, problems.index, at_low), high.scatter(1, problems.index, at_high)
 
 
-def _cast(relaxed: Relaxed, params: Params) -> Relaxed:
+def cast(relaxed: Relaxed, params: Params) -> Relaxed:
     """The relaxation in float32; its ReLUs are replaced anyway."""
     box = Box(relaxed.box.center.float(), relaxed.box.radius.float())
     others: dict[str, Relaxation] = {}

@@ -1,7 +1,6 @@
 """Branch and bound against the exact smallest margin and sampled points, its budgets, and planted faults."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -216,8 +215,8 @@ def test_no_attack_is_needed_to_falsify(subject: Subject) -> None:
 # --- planted faults --------------------------------------------------------------------------------------------------
 
 
-def _wrong_sign(region: Region, alpha: Tensor, beta: Tensor, *rest: Any) -> Any:
-    return true_at(replace(region, sign=-region.sign), alpha, beta, *rest)
+def _wrong_sign(sign: Tensor, beta: Tensor) -> Tensor:
+    return sign * beta
 
 
 def _wild_slopes(region: Region, alpha: Tensor, beta: Tensor, *rest: Any) -> Any:
@@ -235,16 +234,14 @@ def _of_sibling(root: Root, problems: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("place", "name", "fault"),
     [
-        (Region, "at", _wrong_sign),
+        (Region, "multiplier", staticmethod(_wrong_sign)),
         (Region, "at", _wild_slopes),
         (module, "split", _one_half),
         (splits, "halves", _of_sibling),
     ],
     ids=["wrong sign of beta", "slopes outside [0, 1]", "a forgotten half", "boxes of the sibling"],
 )
-def test_planted_faults_are_seen(
-    place: Any, name: str, fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_faults_are_seen(place: Any, name: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, name, fault)
     found = faults(range(14))
     assert any("above" in line for line in found), found

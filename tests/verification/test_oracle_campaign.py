@@ -15,7 +15,6 @@ import torch
 from oracle import box, smallest_margin
 from oracle_campaign import LEVELS, NETWORKS, PER_SUBJECT, Campaign, Case, strongest, table
 from oracle_fixture import FIXTURE, from_json, load, to_json
-from torch import Tensor
 
 from cactus_ray.bounds import interval, relaxation, splits
 from cactus_ray.bounds.graph import Node, Params
@@ -209,10 +208,7 @@ def slopes_above_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def multiplier_of_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
-    def at(self: splits.Region, alpha: Tensor, beta: Tensor, seen: Any = None) -> Any:
-        return true_at(replace(self, sign=-self.sign), alpha, beta, seen)
-
-    patch.setattr(splits.Region, "at", at)
+    patch.setattr(splits.Region, "multiplier", staticmethod(lambda sign, beta: sign * beta))
 
 
 def forgotten_half(patch: pytest.MonkeyPatch) -> None:
