@@ -171,7 +171,8 @@ def run(subject: Subject, bound: str, **options: Any) -> list[SampleVerdict]:
 
 
 def test_each_bound_decides_what_the_weaker_decides_and_more(subject: Subject) -> None:
-    found = {bound: run(subject, bound) for bound in ("crown", "alpha", "branch")}
+    # few attacks and steps, so that something is left for the dearer stages
+    found = {b: run(subject, b, targeted_runs=0, alpha_iterations=3) for b in ("crown", "alpha", "branch")}
     unknown = {b: {v.index for v in found[b] if v.verdict is Verdict.UNKNOWN} for b in found}
     assert unknown["branch"] <= unknown["alpha"] < unknown["crown"]
     assert unknown["branch"] == set()
