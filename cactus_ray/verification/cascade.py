@@ -94,28 +94,24 @@ def _check_input(graph: Graph, images: Tensor, labels: Tensor, indices: Sequence
 def _run(work: Work) -> None:
     """All stages on one batch: cheap ones see all samples before dear ones see any.
 
-    What another level has attacked is only tried here before interval bounds, and what another level certified is
-    bounded before it is attacked at length; whatever stays open goes through all stages.
+    What another level attacked is only replayed here before interval bounds, and what it certified is bounded by CROWN
+    before it is attacked at length; whatever stays open goes through all stages.
     """
     bound, everyone = work.settings.bound, range(len(work.batch))
-    dear = {"crown": [stages.linear_bounds]}.get(bound, [])
-    if bound in ("alpha", "branch"):
-        dear = [stages.linear_bounds, stages.alpha_bounds]
+    linear = bound in ("crown", "alpha", "branch")
     work.stage(stages.clean)
     work.stage(stages.known_points)
     work.stage(stages.nearest_points, work.chosen(lambda p: work.hinted(p).nearest is not None))
     work.stage(stages.quick_attack, work.chosen(lambda p: p not in work.attacked))
     # also samples that an attack falsified: a bound that "proves" one of them must not stay unseen
     work.stage(stages.interval_bounds, [p for p in everyone if work.open(p) or p in work.fallen])
-    promising = set(work.chosen(lambda p: work.hinted(p).certified))
-    for stage in dear:
-        work.stage(stage, work.chosen(lambda p: p in promising))
+    promising = set(work.chosen(lambda p: linear and work.hinted(p).certified))
+    work.stage(stages.linear_bounds, sorted(promising))
     work.stage(stages.quick_attack, work.chosen(lambda p: work.hinted(p).nearest is not None))
     work.stage(stages.full_attack)
-    for stage in dear[:1]:
-        work.stage(stage, work.chosen(lambda p: p not in promising))
+    work.stage(stages.linear_bounds, work.chosen(lambda p: linear and p not in promising))
     work.stage(stages.hunt)
-    for stage in dear[1:]:
-        work.stage(stage, work.chosen(lambda p: p not in promising))
+    if bound in ("alpha", "branch"):
+        work.stage(stages.alpha_bounds)
     if bound == "branch":
         work.stage(stages.branch_and_bound)
