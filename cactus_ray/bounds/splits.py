@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, slope_of
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.linear import Relaxed
 from cactus_ray.bounds.quantizer import QuantizeRelaxation
