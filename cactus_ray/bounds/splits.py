@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, apply_node, slope_of
+from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, slope_of
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.linear import Relaxed
 from cactus_ray.bounds.quantizer import QuantizeRelaxation
@@ -192,10 +192,9 @@ class Region:
             relaxation = relax(node, Box.between(*sides))
             assert isinstance(relaxation, ReluRelaxation)
             found.append(relaxation)
-            for name, other in relaxations.items():  # quantisers know what is left of the ReLU before them
-                if isinstance(other, QuantizeRelaxation) and node.name in other.node.inputs:
-                    ends = [apply_node(node, {}, [side]) for side in sides]
-                    relaxations[name] = other.over(Box.between(*ends))
+            for name, other in relaxations.items():  # quantisers know what is left of a ReLU (which rounds nothing)
+                if isinstance(other, QuantizeRelaxation) and node.op == "relu" and node.name in other.node.inputs:
+                    relaxations[name] = other.over(Box.between(*(side.clamp(min=0.0) for side in sides)))
         return Region(
             replace(base, relaxations=relaxations),
             root.neurons,

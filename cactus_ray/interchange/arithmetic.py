@@ -38,6 +38,12 @@ def arithmetic(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> 
         return
     place = constant[0]
     view, values = reader.value(node, 1 - place), reader.constant(node, place)
+    maker = reader.makers.get(node.input[place])
+    if maker is not None and maker.op_type == "DequantizeLinear" and reader.quantiser(view.node) is not None:
+        raise UnsupportedGraphError(
+            f"{node.op_type} ({label(node)}) of quantised values with a quantised constant: onnxruntime may compute it"
+            " in integers; expected a float32 constant"
+        )
     try:
         values = values.expand(view.index.shape)
     except RuntimeError:

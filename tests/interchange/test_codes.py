@@ -12,7 +12,7 @@ import pytest
 import torch
 from deployable import INFO
 from foreign import Foreign, products
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 from cactus_ray.bounds import graph as graphs
@@ -243,3 +243,23 @@ def test_products_are_read_but_not_an_addition_behind_them(tmp_path: Path) -> No
     with pytest.raises(UnsupportedGraphError, match="addition behind the product"):
         read_network(products(addition=True))
     assert "QGemm" in kernels(products(addition=True), tmp_path)  # why: the addition becomes a bias of integers
+
+
+def test_a_quantised_constant_added_to_quantised_values_is_refused() -> None:
+    model = onnx.load_model_from_string(Foreign(behind=[]).file())
+    for nodes, expected in (([], None), (["DequantizeLinear"], "quantised constant")):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        place = [n.op_type for n in other.graph.node].index("Gemm")
+        other.graph.initializer.append(numpy_helper.from_array(np.uint8([3]), "few"))
+        other.graph.initializer.append(numpy_helper.from_array(np.float32([0.5]), "plain"))
+        made = [helper.make_node(op, ["few", "scale", "zero"], ["constant"]) for op in nodes]
+        made.append(helper.make_node("Mul", ["value", "constant" if nodes else "plain"], ["scaled"]))
+        for node in reversed(made):
+            other.graph.node.insert(place, node)
+        other.graph.node[place + len(made)].input[0] = "scaled"
+        if expected is None:
+            assert "scale_shift" in [n.op for n in read_network(other.SerializeToString()).graph.nodes]
+        else:
+            with pytest.raises(UnsupportedGraphError, match=expected):
+                read_network(other.SerializeToString())
