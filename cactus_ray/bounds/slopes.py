@@ -65,7 +65,8 @@ class FreeRelu:
             start, upper, intercept, free = rows.overs(self.start, self.upper, self.intercept, self.free)
             self.placed = upper, intercept, free == 0
             if self.alpha is None:  # a slope for every form: what is shared among forms is spread
-                self.alpha = (start + torch.zeros_like(rows.coefficients)).requires_grad_()
+                spread = (start + torch.zeros_like(rows.coefficients)).clamp_(self.least, 1.0)
+                self.alpha = spread.requires_grad_()
         assert self.alpha is not None
         pulled, constant = _Bend.apply(rows.coefficients, self.alpha, *self.placed)  # type: ignore[no-untyped-call]
         if self.multiplier is not None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -173,7 +172,8 @@ def _contests(
     """(name, dtype, images, our bound, theirs) of every row. auto_LiRPA's scope is entered once, not in the times."""
     for name in [] if arguments.stages else arguments.only:
         images = 4 * arguments.images if name == "IBP" else arguments.images
-        for dtype in PRECISIONS.get(name, (torch.float64, torch.float32)):
+        precisions = PRECISIONS.get(name, (torch.float64, torch.float32))
+        for dtype in precisions if name == "IBP" or not alone else (torch.float64,):
             theirs = None if alone else their_bound(name, case.take(images, dtype), stack)
             ours = case.take(images, dtype if name == "IBP" else torch.float64)
             yield name, dtype, images, our_bound(name, ours, theirs), theirs
@@ -267,7 +267,7 @@ def timed(function: Timed, calls: int, device: torch.device, clock: Callable[[],
 
 
 def quartiles(values: list[float]) -> list[float]:
-    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")]
+    return [round(q, 4) for q in stages.quartiles(values)]
 
 
 def table(rows: list[dict[str, Any]], header: bool) -> str:

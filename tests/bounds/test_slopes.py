@@ -94,3 +94,17 @@ def test_the_least_slope_is_sound_in_float64() -> None:
     assert least_slope(0.0) == 0.0
     for slope in (0.01, 0.1, 0.2, 0.3):
         assert slope <= least_slope(slope) <= slope * (1 + 1e-6)
+
+
+def test_slopes_that_never_moved_are_sound_in_float64() -> None:
+    relaxed, rows = subject("leaky", inner("leaky"))
+    name = next(n for n in relaxed.relaxations if relaxed.graph[n].op == "leaky_relu")
+    node = replace(relaxed.graph[name], attributes={"slope": 0.01})  # above the float32 number nearest to it
+    graph = replace(relaxed.graph, nodes=tuple(node if n.name == name else n for n in relaxed.graph.nodes))
+    old = relaxed.relaxations[name]
+    assert isinstance(old, ReluRelaxation)
+    low = torch.full_like(old.lower_slope, 0.01)
+    changed = ReluRelaxation(low, old.upper_slope, old.intercept)
+    relaxed = replace(relaxed, graph=graph, relaxations={**relaxed.relaxations, name: changed})
+    own = own_slopes(relaxed, {k: v.float() for k, v in relaxed.params.items()}, rows, 0)
+    assert bool((own[name].double() >= 0.01).all())
