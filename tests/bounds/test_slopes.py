@@ -7,7 +7,7 @@ import torch
 from containment import DOMAIN
 from small_networks import KINDS, SHAPE, network
 
-from cactus_ray.bounds import interval, linear
+from cactus_ray.bounds import interval, linear, slopes
 from cactus_ray.bounds.graph import slope_of
 from cactus_ray.bounds.linear import Relaxed
 from cactus_ray.bounds.relaxation import Relaxation, ReluRelaxation
@@ -78,8 +78,19 @@ def test_the_gradient_is_that_of_the_bound(kind: str, inside: bool) -> None:
 def test_without_a_step_the_bound_is_crowns(kind: str) -> None:
     relaxed, rows = subject(kind, inner(kind))
     single = {k: v.float() for k, v in relaxed.params.items()}
-    own = own_slopes(relaxed, single, rows, 0)
-    torch.testing.assert_close(with_slopes(relaxed, own).lower_bounds(rows), relaxed.lower_bounds(rows))
+    climb = Climb(slopes._free(relaxed, single), Rows(rows.coefficients.float(), rows.origin))
+    crown = relaxed.lower_bounds(rows)
+    torch.testing.assert_close(climb.bound().double(), crown, rtol=1e-4, atol=1e-4)
+    own = {name: relu.alpha.detach() for name, relu in climb.relus().items() if relu.alpha is not None}
+    torch.testing.assert_close(with_slopes(relaxed, own).lower_bounds(rows), crown, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_raise_bounds(kind: str) -> None:
+    relaxed, rows = subject(kind)
+    single = {k: v.float() for k, v in relaxed.params.items()}
+    found = with_slopes(relaxed, own_slopes(relaxed, single, rows, 12)).lower_bounds(rows)
+    assert float(found.detach().mean()) > float(relaxed.lower_bounds(rows).mean())
 
 
 def test_steps_fall_and_are_one_fewer_than_bounds() -> None:
@@ -97,14 +108,9 @@ def test_the_least_slope_is_sound_in_float64() -> None:
 
 
 def test_slopes_that_never_moved_are_sound_in_float64() -> None:
-    relaxed, rows = subject("leaky", inner("leaky"))
-    name = next(n for n in relaxed.relaxations if relaxed.graph[n].op == "leaky_relu")
-    node = replace(relaxed.graph[name], attributes={"slope": 0.01})  # above the float32 number nearest to it
-    graph = replace(relaxed.graph, nodes=tuple(node if n.name == name else n for n in relaxed.graph.nodes))
-    old = relaxed.relaxations[name]
-    assert isinstance(old, ReluRelaxation)
-    low = torch.full_like(old.lower_slope, 0.01)
-    changed = ReluRelaxation(low, old.upper_slope, old.intercept)
-    relaxed = replace(relaxed, graph=graph, relaxations={**relaxed.relaxations, name: changed})
-    own = own_slopes(relaxed, {k: v.float() for k, v in relaxed.params.items()}, rows, 0)
-    assert bool((own[name].double() >= 0.01).all())
+    start, one = torch.full((1, 3), 0.01), torch.ones(1, 3)  # the nearest float32 number is smaller
+    assert bool((start.double() < 0.01).all())
+    relu = FreeRelu(start, one, one, one, least_slope(0.01))
+    relu.pull(Rows(torch.ones(1, 2, 3)), (3,))
+    assert relu.alpha is not None
+    assert bool((relu.alpha.double() >= 0.01).all())
