@@ -106,6 +106,10 @@ TOOLS = {
     ".venv/bin/python": """
 if [ "$1" = -c ]; then exec "$REAL_PYTHON" "$@"; fi
 cat > /dev/null
+for _ in $(seq 500); do  # as the real one does: until so many nodes have started
+    [ "$(grep -c '^ray start' "$LOG")" -ge "$3" ] && break
+    sleep 0.05
+done
 echo "waited for $3 at $2" >> "$LOG"
 """,
     ".venv/bin/cactus-ray": """
