@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params, Statistics, forward
 from cactus_ray.bounds.interval import Box
+from cactus_ray.training.entrance import Entrance
 
 
 def pgd(
@@ -30,11 +31,14 @@ def pgd(
     fixed = {name: tensor.detach() for name, tensor in params.items()}
     frozen = {name: (mean.detach(), var.detach()) for name, (mean, var) in (statistics or {}).items()}
     lower, upper = ball.lower, ball.upper
+    entrance = Entrance.of(graph, fixed) if start.device.type == "cpu" else None
     x = torch.lerp(lower, upper, start)
     for _ in range(steps):
-        x.requires_grad_(True)
-        loss = F.cross_entropy(forward(graph, fixed, x, statistics=frozen), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x)
+        leaf = (x if entrance is None else entrance.forward(x)).requires_grad_(True)
+        logits = forward(graph if entrance is None else entrance.rest, fixed, leaf, statistics=frozen)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
+        if entrance is not None:
+            gradient = entrance.pull(gradient)
         x = torch.clamp(x.detach() + step_size * gradient.sign(), lower, upper)
     return x
 
