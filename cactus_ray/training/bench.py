@@ -171,10 +171,10 @@ class _Bench:
         noise = torch.rand((size, *run.graph.input_shape), generator=self.noise, device=run.images.device)
         weight = config.standard_weight
         step = Step(
-            config, run.graph, run.params, run.images[:size], run.labels[:size], noise=noise,
+            config, run.graph, run.network(), run.images[:size], run.labels[:size], noise=noise,
             epsilon=config.training_epsilon, standard_weight=1.0 if weight is None else weight, progress=0.999,
             index=self.index, generator=self.draws, memory=self.memory, workers=run.workers,
-            latent_generator=self.latent,
+            latent_generator=self.latent, stage=run.stage.name, auxiliary=run.auxiliary,
         )  # fmt: skip
         update(run, step, config.learning_rate, self.seen)
         self.index += 1

@@ -35,9 +35,10 @@ _EPSILON_OF_REGULARIZER = 1e-6  # stands for 0, where every ratio of widths woul
 class Step:
     """Everything that the loss of one step depends on.
 
-    ``params`` holds leaves that require gradients, and buffers. ``noise`` [N, C, H, W] in [0, 1) starts the attack.
-    ``epsilon`` and ``standard_weight`` are the scheduled values, ``progress`` in [0, 1) the share of all steps that is
-    done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
+    ``params`` holds the network's tensors, differentiable in the leaves of the ``stage``, and buffers; ``auxiliary``
+    the method's own tensors, which persist (``stages.Stage``). ``noise`` [N, C, H, W] in [0, 1) starts the attack.
+    ``epsilon`` and ``standard_weight`` are the scheduled values, ``progress`` in [0, 1) the share of the stage's steps
+    that is done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
     ``latent_generator`` (on the images' device) is each worker's own, ``memory`` lives for one epoch. A method leaves
     the batch-norm statistics of the full network in ``statistics`` and, where its loss normalises with the adversarial
     batch, that batch's in ``adversarial_statistics``: the running ones follow both.
@@ -59,6 +60,8 @@ class Step:
     statistics: Statistics = field(default_factory=dict)
     adversarial_statistics: Statistics = field(default_factory=dict)
     latent_generator: torch.Generator | None = None
+    stage: str = ""
+    auxiliary: Params = field(default_factory=dict)
 
     @property
     def certifies(self) -> bool:
@@ -75,8 +78,9 @@ class Step:
         return LossOptions(**{name: value for name, value in given.items() if value is not None})
 
     def gradients(self) -> Params:
-        """What has been accumulated so far in the leaves."""
-        return {k: v.grad for k, v in trainable(self.params).items() if v.grad is not None}
+        """What has been accumulated so far in the leaves among the network's tensors."""
+        leaves = {k: v for k, v in trainable(self.params).items() if v.is_leaf}
+        return {k: v.grad for k, v in leaves.items() if v.grad is not None}
 
 
 def full_loss(step: Step, kind: str) -> tuple[Tensor, Region]:
