@@ -212,6 +212,11 @@ class RunConfig:
     target_sparsity: float | None = setting(
         None, doc="hydra: share of zeros in every layer of the finished network", minimum=0.0, exclusive_maximum=1.0
     )
+    nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
+    weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", minimum=2, maximum=8)
+    awp_gamma: float | None = setting(
+        None, doc="awp: l2 norm of the weight perturbation / that of the tensor", minimum=0.0, exclusive_maximum=1.0
+    )
     seed: int = setting(0, doc="seed of everything random", minimum=0, maximum=2**31 - 1)
 
     def __post_init__(self) -> None:

@@ -9,14 +9,18 @@ CERTIFIED_LOSSES = ("ibp", "sabr", "mtl_ibp", "cc_ibp", "exp_ibp", "taps", "stap
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "cactus": ("compression_set", "awp_radius", "awp_unit", "awp_steps", "awp_member", "awp_kind"),
     "hydra": ("stage_shares", "target_sparsity"),
+    "nrsloss": ("nrs_weight",),
+    "qa_ibp": ("stage_shares", "weight_bits"),
+    "awp": ("awp_gamma",),
 }
 """The methods that take one of the losses (``certified_loss``), and their own options."""
 METHODS = (*METHOD_OPTIONS, *CERTIFIED_LOSSES, "standard")
 """Those, and plain training with the loss of their name."""
 STAGE_SHARES: dict[str, dict[str, float]] = {
     "hydra": {"pretrain": 100.0, "mask": 20.0, "finetune": 100.0},
+    "qa_ibp": {"pretrain": 40.0, "quantised": 60.0},
 }
-"""The stages of a method in order, and in what proportion they share the epochs, as their authors train."""
+"""The stages of a method in order, and in what proportion they share the epochs."""
 
 _ATTACK = ("attack_steps", "attack_step_size")
 _EXPRESSIVE = ("ibp_weight", "attack_radius_factor", *_ATTACK)
@@ -34,7 +38,8 @@ DEFAULTS: dict[str, Any] = {
     "attack_steps": 1, "attack_step_size": 1.0, "attack_radius_factor": 1.0, "ibp_weight": 0.5,
     "tail_layers": 2, "latent_steps": 10, "latent_restarts": 1, "latent_targets": 10, "gradient_scale": 4.0,
     "crown_weight": 0.0, "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
-    "awp_kind": "ascent", "target_sparsity": 0.9,
+    "awp_kind": "ascent", "target_sparsity": 0.9, "nrs_weight": 0.01, "weight_bits": 8,
+    "awp_gamma": 0.01,
 }  # fmt: skip
 _ONE_STEP_TO_THE_BOUNDARY = {"attack_step_size": 10.0}  # as De Palma et al. 2024 attack
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {

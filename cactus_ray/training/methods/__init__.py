@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from cactus_ray.training.methods.awp import awp
 from cactus_ray.training.methods.cactus import cactus
 from cactus_ray.training.methods.cc_ibp import cc_ibp
 from cactus_ray.training.methods.crown_ibp import crown_ibp
@@ -20,7 +21,10 @@ from cactus_ray.training.methods.hydra import STAGES as HYDRA_STAGES
 from cactus_ray.training.methods.hydra import hydra
 from cactus_ray.training.methods.ibp import ibp
 from cactus_ray.training.methods.mtl_ibp import mtl_ibp
+from cactus_ray.training.methods.nrsloss import nrsloss
 from cactus_ray.training.methods.pgd import pgd
+from cactus_ray.training.methods.qa_ibp import STAGES as QA_IBP_STAGES
+from cactus_ray.training.methods.qa_ibp import qa_ibp
 from cactus_ray.training.methods.sabr import sabr
 from cactus_ray.training.methods.standard import standard
 from cactus_ray.training.methods.staps import staps
@@ -31,9 +35,9 @@ from cactus_ray.training.step import Step
 Method = Callable[[Step], Iterator[Tensor]]
 
 METHODS: dict[str, Method] = {
-    "cactus": cactus, "hydra": hydra,
+    "cactus": cactus, "hydra": hydra, "nrsloss": nrsloss, "qa_ibp": qa_ibp, "awp": awp,
     "ibp": ibp, "sabr": sabr, "mtl_ibp": mtl_ibp, "cc_ibp": cc_ibp, "exp_ibp": exp_ibp, "taps": taps, "staps": staps,
     "crown_ibp": crown_ibp, "pgd": pgd, "standard": standard,
 }  # fmt: skip
-STAGES: dict[str, tuple[Stage, ...]] = {"hydra": HYDRA_STAGES}
+STAGES: dict[str, tuple[Stage, ...]] = {"hydra": HYDRA_STAGES, "qa_ibp": QA_IBP_STAGES}
 """Stages by method, in the order and under the names of ``options.STAGE_SHARES``."""
