@@ -15,7 +15,7 @@ from typing import Any
 
 from cactus_ray.errors import ConfigError
 from cactus_ray.options import CERTIFIED_LOSSES as CERTIFIED_LOSSES
-from cactus_ray.options import METHOD_KEYS, default_of, loss_of
+from cactus_ray.options import METHOD_KEYS, STAGE_SHARES, default_of, loss_of
 from cactus_ray.options import METHODS as METHODS
 from cactus_ray.options import options_of as options_of
 from cactus_ray.parsing import convert as convert
@@ -65,7 +65,10 @@ class ThreatConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Optimiser and schedules. Fractions are of all training steps."""
+    """Optimiser and schedules. Fractions are of all training steps; where a method has stages, of those of a stage.
+
+    The warm-up and the ramp are in the first stage; the learning rate falls in each; weights are averaged in the last.
+    """
 
     epochs: int = setting(30, doc="passes over the training split", minimum=1)
     batch_size: int = setting(64, doc="images per step, over all workers", minimum=1)
@@ -155,7 +158,9 @@ class RunConfig:
     standard_weight: float | None = setting(
         None, doc="lambda of Eq. 7: final weight of the standard loss", minimum=0.0, maximum=1.0
     )
-    certified_loss: str | None = setting(None, doc="certified loss of cactus", choices=CERTIFIED_LOSSES)
+    certified_loss: str | None = setting(
+        None, doc="certified loss of the methods that are not named after theirs", choices=CERTIFIED_LOSSES
+    )
     box_ratio: float | None = setting(
         None, doc="sabr, staps: radius of the small box / epsilon", exclusive_minimum=0.0, maximum=1.0
     )
@@ -201,6 +206,17 @@ class RunConfig:
         None, doc="weights within awp_radius: the worst ones, random ones, or rounded with straight-through gradients",
         choices=AWP_KINDS,
     )  # fmt: skip
+    stage_shares: tuple[float, ...] | None = setting(
+        None, doc="proportion in which the stages of a method share the epochs", exclusive_minimum=0.0
+    )
+    target_sparsity: float | None = setting(
+        None, doc="hydra: share of zeros in every layer of the finished network", minimum=0.0, exclusive_maximum=1.0
+    )
+    nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
+    weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", minimum=2, maximum=8)
+    awp_gamma: float | None = setting(
+        None, doc="awp: l2 norm of the weight perturbation / that of the tensor", minimum=0.0, exclusive_maximum=1.0
+    )
     seed: int = setting(0, doc="seed of everything random", minimum=0, maximum=2**31 - 1)
 
     def __post_init__(self) -> None:
@@ -210,8 +226,9 @@ class RunConfig:
             if key not in active and value is not None:
                 raise ConfigError(key, plain(value), f"nothing: method {self.method!r} does not use it")
             if key in active and value is None:
-                default = CompressionSetConfig() if key == "compression_set" else default_of(key, self.loss)
-                object.__setattr__(self, key, default)
+                default = default_of(key, self.method, self.certified_loss)
+                object.__setattr__(self, key, CompressionSetConfig() if key == "compression_set" else default)
+        self._check_stages()
         if self.awp_kind == "rounding" and self.awp_unit == "relative":
             raise ConfigError("awp_unit", self.awp_unit, "a unit that makes a grid, such as step or int4, to round to")
         if self.awp_kind in ("noise", "rounding") and self.awp_steps != 1:
@@ -221,6 +238,17 @@ class RunConfig:
         low, high = self.threat.domain
         if not low < high:
             raise ConfigError("threat.domain", [low, high], "two increasing numbers")
+
+    def _check_stages(self) -> None:
+        if self.stage_shares is None:
+            return
+        stages = tuple(STAGE_SHARES[self.method])
+        if len(self.stage_shares) != len(stages):
+            expected = f"{len(stages)} numbers, one for each stage of {self.method}: {', '.join(stages)}"
+            raise ConfigError("stage_shares", list(self.stage_shares), expected)
+        if self.train.epochs < len(stages):
+            expected = f"at least {len(stages)}, one for each stage of {self.method}: {', '.join(stages)}"
+            raise ConfigError("train.epochs", self.train.epochs, expected)
 
     @property
     def loss(self) -> str:

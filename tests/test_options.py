@@ -6,11 +6,11 @@ import pytest
 
 from cactus_ray.config import CERTIFIED_LOSSES, METHODS, RunConfig, parse
 from cactus_ray.errors import ConfigError
-from cactus_ray.options import LOSS_OPTIONS, METHOD_KEYS, options_of
+from cactus_ray.options import LOSS_OPTIONS, METHOD_KEYS, METHOD_OPTIONS, STAGE_SHARES, options_of
 
 BASE: dict[str, Any] = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "threat": {"epsilon": 0.1}}
 SECTIONS = {"data", "model", "threat", "train", "method", "learning_rate", "seed"}
-KINDS = [(m, None) for m in METHODS if m != "cactus"] + [("cactus", loss) for loss in CERTIFIED_LOSSES]
+KINDS = [(m, None) for m in METHODS] + [(m, loss) for m in METHOD_OPTIONS for loss in CERTIFIED_LOSSES]
 
 
 def config(method: str, loss: str | None, **changes: Any) -> RunConfig:
@@ -23,7 +23,7 @@ def test_a_run_holds_what_its_method_reads_and_nothing_else(method: str, loss: s
     run = config(method, loss)
     assert set(run.to_dict()) == SECTIONS | set(options_of(method, loss))
     assert parse(RunConfig, run.to_dict()) == run
-    assert run.loss == (loss or method)
+    assert run.loss == (loss or ("sabr" if method in METHOD_OPTIONS else method))
 
 
 @pytest.mark.parametrize(("method", "loss"), KINDS)
@@ -34,6 +34,8 @@ def test_an_option_that_is_not_read_is_refused_and_one_that_is_changes_the_run(m
         "attack_radius_factor": 2.0, "ibp_weight": 0.1, "tail_layers": 3, "latent_steps": 3, "latent_restarts": 3,
         "latent_targets": 3, "gradient_scale": 2.0, "crown_weight": 0.7, "awp_radius": 0.5, "awp_unit": "std",
         "awp_steps": 2, "awp_member": "pruned", "awp_kind": "noise", "compression_set": {"strategy": "dense"},
+        "target_sparsity": 0.5, "nrs_weight": 0.5, "weight_bits": 4, "awp_gamma": 0.5,
+        "stage_shares": [*range(1, 1 + len(STAGE_SHARES.get(method, "1")))],
     }  # fmt: skip
     assert values.keys() | {"certified_loss"} == METHOD_KEYS
     for key, value in values.items():
@@ -46,7 +48,20 @@ def test_an_option_that_is_not_read_is_refused_and_one_that_is_changes_the_run(m
 
 def test_every_loss_has_options() -> None:
     assert set(LOSS_OPTIONS) == {*CERTIFIED_LOSSES, "standard"}
-    assert set(METHODS) == {*CERTIFIED_LOSSES, "standard", "cactus"}
+    assert set(METHODS) == {*CERTIFIED_LOSSES, "standard", *METHOD_OPTIONS}
+
+
+def test_stages_are_options_of_their_methods() -> None:
+    assert set(STAGE_SHARES) == {m for m in METHODS if "stage_shares" in options_of(m)}
+    run = config("hydra", None, train={"epochs": 3})
+    assert run.stage_shares == (100.0, 20.0, 100.0)
+    stages = "3 numbers, one for each stage of hydra: pretrain, mask, finetune"
+    with pytest.raises(ConfigError, match=rf"stage_shares: got \[1.0, 2.0\]; expected {stages}"):
+        config("hydra", None, stage_shares=[1, 2])
+    with pytest.raises(ConfigError, match=r"stage_shares\[1\]: got 0"):
+        config("hydra", None, stage_shares=[1, 0, 1])
+    with pytest.raises(ConfigError, match=r"train.epochs: got 2; expected at least 3, one for each stage of hydra"):
+        config("hydra", None, train={"epochs": 2})
 
 
 def test_defaults_depend_on_the_loss_also_inside_cactus() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cactus_ray.config import CERTIFIED_LOSSES, METHODS, options_of
 from cactus_ray.errors import ConfigError
+from cactus_ray.options import LOSS_KEYS
 from cactus_ray.options import METHOD_KEYS as METHOD_KEYS
 from cactus_ray.search.domains import Choices, Key, Range, parse_domain, run_keys
 
@@ -131,7 +132,7 @@ def _parents(parameter: Parameter, names: Iterable[str]) -> list[str]:
     key = parameter.name.split(".")[0]
     if key in METHOD_KEYS:
         parents.append("method")
-        if key not in options_of("cactus", "ibp"):
+        if key in LOSS_KEYS:
             parents.append("certified_loss")
     return [name for name in parents if name in names]
 

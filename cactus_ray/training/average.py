@@ -31,9 +31,8 @@ def include(average: Params, count: int, params: Params, decay: float | None) ->
     return count + 1
 
 
-def averaged(graph: Graph, params: Params, average: Params, images: Tensor) -> Params:
-    """``params`` with averaged weights, and with batch-norm statistics measured on ``images`` (``rebn``'s)."""
-    found = params | average
-    if not average or all(node.op != "batch_norm" for node in graph.nodes):
-        return found
-    return recalibrate(graph, found, images)
+def remeasured(graph: Graph, params: Params, images: Tensor) -> Params:
+    """A network of averaged weights with its own batch-norm statistics, measured on ``images`` (``rebn``'s)."""
+    if all(node.op != "batch_norm" for node in graph.nodes):
+        return params
+    return recalibrate(graph, params, images)

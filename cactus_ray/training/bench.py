@@ -23,7 +23,9 @@ from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
 from cactus_ray.training.loop import update
 from cactus_ray.training.losses import ATTACKED, EXPRESSIVE, TAIL_ATTACKED, UNBOUNDED
+from cactus_ray.training.methods import STAGES
 from cactus_ray.training.run import Run, start
+from cactus_ray.training.stages import WHOLE
 from cactus_ray.training.state import generator_for
 from cactus_ray.training.step import Step
 from cactus_ray.training.workers import Alone
@@ -92,6 +94,10 @@ def ideal_units(config: RunConfig, graph: Graph) -> float | None:
         one += _POINT
     if config.crown_weight:
         one += _BACKWARD_BOUND
+    if config.awp_gamma:
+        one *= 2.0  # the same once more at the perturbed weights
+    if config.method == "nrsloss" and loss in UNBOUNDED:
+        one += _BOX
     chosen = config.compression_set
     if chosen is None:
         return attack + one
@@ -116,12 +122,17 @@ def measure(
 ) -> Costs:
     """Time the steps of all cases in turns, ``repeats`` times ``steps`` steps each, next to a plain forward.
 
-    All cases must share model and batch size. A step is everything that the loop does for a batch: losses, gradients,
-    clipping, optimiser and batch-norm statistics, at the final epsilon and standard weight. ``data`` needs the splits
+    All cases must share model and batch size; one whose method has stages is measured in each. A step is everything
+    that the loop does for a batch: losses, gradients, clipping, optimiser and batch-norm statistics, at the final
+    epsilon and standard weight. ``data`` needs the splits
     train (at least one batch) and selection. The thread count is the caller's. On one CPU thread seconds are the
     processor's, which other work on the machine disturbs less; otherwise the clock's.
     """
-    benches = [_Bench.of(name, config, data, device) for name, config in cases]
+    benches = [
+        _Bench.of(name, config, data, device, number)
+        for name, config in cases
+        for number in range(len(STAGES.get(config.method, WHOLE)))
+    ]
     layouts = _layouts(benches[0].run)
     for bench in benches:
         progress(f"warming up {bench.name}")
@@ -157,8 +168,11 @@ class _Bench:
     peak: int = 0
 
     @staticmethod
-    def of(name: str, config: RunConfig, data: DataSet, device: str) -> _Bench:
+    def of(name: str, config: RunConfig, data: DataSet, device: str, stage: int) -> _Bench:
         run = start(config, data, None, None, Alone(), False, device)
+        for _ in range(stage):
+            run.enter_next_stage()
+        name = f"{name} {run.stage.name}".rstrip()
         noise = generator_for(config.seed, 0, "attack", device)
         latent = generator_for(config.seed, 0, "latent attack", device)
         bench = _Bench(name, run, noise, generator_for(config.seed, 0, "members"), latent)
@@ -171,10 +185,10 @@ class _Bench:
         noise = torch.rand((size, *run.graph.input_shape), generator=self.noise, device=run.images.device)
         weight = config.standard_weight
         step = Step(
-            config, run.graph, run.params, run.images[:size], run.labels[:size], noise=noise,
+            config, run.graph, run.network(), run.images[:size], run.labels[:size], noise=noise,
             epsilon=config.training_epsilon, standard_weight=1.0 if weight is None else weight, progress=0.999,
             index=self.index, generator=self.draws, memory=self.memory, workers=run.workers,
-            latent_generator=self.latent,
+            latent_generator=self.latent, stage=run.stage.name, auxiliary=run.auxiliary,
         )  # fmt: skip
         update(run, step, config.learning_rate, self.seen)
         self.index += 1

@@ -57,8 +57,8 @@ class EpochReport:
 class TrainResult:
     """``network`` is ``last`` or ``best``, as ``train.keep`` says; ``seconds`` and ``history`` include resumed epochs.
 
-    ``best`` is the epoch of highest (IBP-certified, standard) accuracy among those that end after the ramp, and
-    ``last`` where there is none.
+    ``best`` is the epoch of highest (IBP-certified, standard) accuracy among those of the last stage that end after the
+    ramp, and ``last`` where there is none.
     """
 
     network: Network
@@ -108,7 +108,9 @@ def train(
 def _epoch(run: Run) -> dict[str, float]:
     """One pass over the training split; returns, and appends to the history, its metrics."""
     started = time.perf_counter()
-    config, batch, steps = run.config, run.batch_size, run.steps_per_epoch
+    while run.epoch >= run.spans[run.number].end:
+        run.enter_next_stage()
+    config, batch, steps, span = run.config, run.batch_size, run.steps_per_epoch, run.spans[run.number]
     device = run.device
     permutation = torch.randperm(len(run.labels), generator=generator_for(config.seed, run.epoch, "order"))
     permutation = permutation.to(run.images.device)
@@ -122,16 +124,17 @@ def _epoch(run: Run) -> dict[str, float]:
     share = batch // run.workers.size
     mine = slice(run.workers.rank * share, (run.workers.rank + 1) * share)
     for index in range(steps):
-        fraction = (run.epoch * steps + index) / (config.train.epochs * steps)
+        fraction = ((run.epoch - span.first) * steps + index) / ((span.end - span.first) * steps)
+        ramped = fraction if run.number == 0 else 1.0  # full epsilon after the first stage
         chosen = permutation[index * batch : (index + 1) * batch][mine]
         images, labels = run.batch(chosen)
         images = augment.augment(images, augment.draw(config.train, batch, moves)[mine], config.train)
-        weight = standard_weight_at(fraction, config.train, final_weight)
+        weight = standard_weight_at(ramped, config.train, final_weight)
         step = Step(
-            config, run.graph, run.params, images, labels,
-            noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(fraction, config.train, config.training_epsilon),
+            config, run.graph, run.network(), images, labels,
+            noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(ramped, config.train, config.training_epsilon),
             standard_weight=weight, progress=fraction, index=index, generator=draws, memory=memory,
-            workers=run.workers, latent_generator=latent,
+            workers=run.workers, latent_generator=latent, stage=run.stage.name, auxiliary=run.auxiliary,
         )  # fmt: skip
         rate = learning_rate_at(fraction, config.train, config.learning_rate)
         update(run, step, rate, seen[index])
@@ -139,7 +142,7 @@ def _epoch(run: Run) -> dict[str, float]:
     _check_finite(run, seen)
     run.epoch += 1
     if config.train.average == "swa":
-        _average(run, run.epoch / config.train.epochs)
+        _average(run, (run.epoch - span.first) / (span.end - span.first))
     kept = run.kept()
     accuracies = proxy_accuracies(run.graph, kept, *run.selection, config.threat, run.workers)
     metrics = {
@@ -169,8 +172,9 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
     for loss in METHODS[run.config.method](step):
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
-    if train.l1 > 0.0:
-        penalty = train.l1 * torch.stack([leaves[f"{n.name}.weight"].abs().sum() for n in run.graph.weighted()]).sum()
+    weights = [leaves[name] for n in run.graph.weighted() if (name := f"{n.name}.weight") in leaves]
+    if train.l1 > 0.0 and weights:
+        penalty = train.l1 * torch.stack([w.abs().sum() for w in weights]).sum()
         penalty.backward()  # type: ignore[no-untyped-call]
         total += penalty.detach()
     run.workers.mean_([v.grad for v in leaves.values() if v.grad is not None])
@@ -178,6 +182,9 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     run.optimizer.step()
+    if run.stage.after is not None:
+        with torch.no_grad():
+            run.stage.after(step)
     _update_running(run, step.statistics, len(step.labels))
     _update_running(run, step.adversarial_statistics, len(step.labels))
     if train.average == "ema":
@@ -186,10 +193,10 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
 
 
 def _average(run: Run, done: float) -> None:
-    """The current weights into the average, once the share ``done`` of the steps reaches ``train.average_from``."""
+    """The current leaves into the average, once the last stage's share ``done`` reaches ``train.average_from``."""
     start = run.config.train.average_from
-    if start is not None and done >= start:
-        run.averages = include(run.average, run.averages, run.params, run.config.train.average_decay)
+    if run.in_last_stage and start is not None and done >= start:
+        run.averages = include(run.average, run.averages, run.leaves(), run.config.train.average_decay)
 
 
 def _update_running(run: Run, statistics: Statistics, samples: int) -> None:
@@ -212,8 +219,9 @@ def _check_finite(run: Run, seen: Tensor) -> None:
 
 def _keep_best(run: Run, params: Params, score: tuple[float, float]) -> None:
     train = run.config.train
-    if run.epoch / train.epochs < min(1.0, train.warmup + train.ramp):
-        return  # at a smaller epsilon accuracies are higher for a wrong reason
+    ramping = run.number == 0 and run.epoch / run.spans[0].end < min(1.0, train.warmup + train.ramp)
+    if ramping or not run.in_last_stage:
+        return  # at a smaller epsilon, or not yet compressed, accuracies are higher for a wrong reason
     if run.best_score is None or score > run.best_score:
         run.best_score = score
         run.best = {k: v.detach().clone() for k, v in params.items()}

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import Graph, Params, is_buffer
+from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet, calibration
 from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.models import create
 from cactus_ray.models.network import Network
-from cactus_ray.training.average import averaged
+from cactus_ray.training.average import remeasured
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.losses.tail import tail_of
+from cactus_ray.training.methods import STAGES
 from cactus_ray.training.precision import refuse_on_cpu
+from cactus_ray.training.stages import WHOLE, Span, Stage, begin, prepared, spans
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
 from cactus_ray.training.workers import Workers
 
@@ -43,12 +45,24 @@ class Run:
     sites: dict[str, int]  # values per sample and channel that each batch norm sees
     device: torch.device
     calibration: Tensor  # images on which the batch-norm statistics of averaged weights are measured
+    stages: tuple[Stage, ...]
+    spans: tuple[Span, ...]  # epochs of the stages
+    number: int  # of the stage in which the last epoch was
+    auxiliary: Params  # the method's own tensors
     average: Params = field(default_factory=dict)
     averages: int = 0  # networks in the average
     epoch: int = 0
     best: Params | None = None
     best_score: tuple[float, float] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.number]
+
+    @property
+    def in_last_stage(self) -> bool:
+        return self.number == len(self.stages) - 1
 
     @property
     def batch_size(self) -> int:
@@ -69,11 +83,26 @@ class Run:
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def kept(self) -> Params:
-        """The tensors that would be deployed now: the averaged ones as soon as there are any."""
-        return averaged(self.graph, self.params, self.average, self.calibration)
+        """The network's tensors that would be deployed now: of the averaged leaves as soon as there are any."""
+        params = {k: self.average.get(k, v) for k, v in self.params.items()}
+        auxiliary = {k: self.average.get(k, v) for k, v in self.auxiliary.items()}
+        with torch.no_grad():
+            found = self.stage.network(self.config, self.graph, params, auxiliary)
+        return remeasured(self.graph, found, self.calibration) if self.averages else found
+
+    def network(self) -> Params:
+        """The network's tensors in training, differentiable in the leaves."""
+        return self.stage.network(self.config, self.graph, self.params, self.auxiliary)
 
     def leaves(self) -> Params:
-        return {k: v for k, v in self.params.items() if v.requires_grad}
+        """What the optimiser of this stage moves, by name."""
+        return {k: v for k, v in (self.params | self.auxiliary).items() if v.requires_grad}
+
+    def enter_next_stage(self) -> None:
+        """Its tensors from those of the stage before, and a fresh optimiser over its leaves."""
+        self.number += 1
+        self.params, self.auxiliary = begin(self.stage, self.config, self.graph, self.params, self.auxiliary)
+        self.optimizer = _optimizer(self.config, self.leaves())
 
 
 def start(
@@ -100,10 +129,15 @@ def start(
     else:
         saved = None
         graph, params = _first_weights(config, data, init, trust_code)
+    stages = STAGES.get(config.method, WHOLE)
+    number = 0 if saved is None else _number_of(stages, saved.stage)
     if config.tail_layers is not None:
         tail_of(graph, config.tail_layers)  # said before the first step, though needed only after the ramp
-    # Sorted, because the sum behind the gradient's norm depends on the order, and a saved state knows no other.
-    params = {k: v.detach().clone().to(device).requires_grad_(not is_buffer(k)) for k, v in sorted(params.items())}
+    params, auxiliary = _on_device(params, device), {} if saved is None else _on_device(saved.auxiliary, device)
+    if saved is None:
+        params, auxiliary = begin(stages[0], config, graph, params, auxiliary)
+    else:
+        params, auxiliary = (prepared(stages[number], graph, tensors) for tensors in (params, auxiliary))
     shapes = graph.shapes(params)
     chosen = evenly_spaced(len(data.split("selection")[1]), config.train.proxy_samples)
     selection = tuple(t[chosen].to(device) for t in data.split("selection"))
@@ -111,17 +145,29 @@ def start(
     refuse_on_cpu(config.train, place)
     home = place if _fits(images, place) else images.device
     run = Run(
-        config, graph, params, _optimizer(config, params), workers, data.class_names,
+        config, graph, params, _optimizer(config, params | auxiliary), workers, data.class_names,
         images.to(home), labels.to(home), (selection[0], selection[1]),
         {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
         place, calibration(data)[0].to(place) if config.train.average else images[:0].to(place),
+        stages, spans(config.stage_shares, config.train.epochs), number, auxiliary,
     )  # fmt: skip
     if saved is not None:
         run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history
-        run.best = None if saved.best is None else {k: v.to(device) for k, v in saved.best.items()}
-        run.average, run.averages = {k: v.to(device) for k, v in saved.average.items()}, saved.averages
+        run.best = None if saved.best is None else _on_device(saved.best, device)
+        run.average, run.averages = _on_device(saved.average, device), saved.averages
         _restore_moments(run, saved.moments)
     return run
+
+
+def _number_of(stages: tuple[Stage, ...], name: str) -> int:
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise UserError(f"training state: saved in the stage {name!r}; expected one of {', '.join(map(repr, names))}")
+    return names.index(name)
+
+
+def _on_device(tensors: Params, device: str) -> Params:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
@@ -175,7 +221,7 @@ def save(run: Run) -> bytes:
     kept = {k: {key: t for key, t in values.items() if t is not None} for k, values in moments.items()}
     state = State(
         run.config.config_hash, run.graph, run.epoch, run.params, kept, run.best, run.best_score, run.history,
-        run.average, run.averages,
+        run.average, run.averages, run.stage.name, run.auxiliary,
     )  # fmt: skip
     return pack_state(state)
 

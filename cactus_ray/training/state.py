@@ -28,7 +28,8 @@ class State:
 
     ``epoch``: epochs done. ``best``/``best_score``: the best network so far, None before the ramp has ended.
     ``history``: the metrics of every epoch. ``config_hash``: of the run that wrote it. ``average``: of the weights of
-    ``averages`` networks, empty where nothing is averaged (yet).
+    ``averages`` networks, empty where nothing is averaged (yet). ``stage``: of the method, in which the last epoch was;
+    ``auxiliary``: the method's own tensors (``stages.Stage``).
     """
 
     config_hash: str
@@ -41,6 +42,8 @@ class State:
     history: list[dict[str, float]]
     average: Params = field(default_factory=dict)
     averages: int = 0
+    stage: str = ""
+    auxiliary: Params = field(default_factory=dict)
 
 
 def pack_state(state: State) -> bytes:
@@ -50,6 +53,7 @@ def pack_state(state: State) -> bytes:
     tensors = {f"params/{k}": v for k, v in state.params.items()}
     tensors |= {f"best/{k}": v for k, v in (state.best or {}).items()}
     tensors |= {f"average/{k}": v for k, v in state.average.items()}
+    tensors |= {f"auxiliary/{k}": v for k, v in state.auxiliary.items()}
     tensors |= {f"optimizer/{k}/{key}": v for k, values in state.moments.items() for key, v in values.items()}
     header = {
         "format": FORMAT,
@@ -59,6 +63,7 @@ def pack_state(state: State) -> bytes:
         "best_score": json.dumps(state.best_score),
         "history": json.dumps(state.history),
         "averages": str(state.averages),
+        "stage": state.stage,
     }
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
     data: bytes = safetensors.torch.save(plain, metadata=header)
@@ -92,6 +97,8 @@ def unpack_state(data: bytes, source: str = "training state") -> State:
             history=json.loads(header["history"]),
             average=_under("average/", tensors),
             averages=int(header.get("averages", "0")),
+            stage=header.get("stage", ""),
+            auxiliary=_under("auxiliary/", tensors),
         )
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{source}: not a training state written by cactus-ray ({error})") from error

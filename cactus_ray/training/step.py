@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import Graph, Params, Statistics, trainable
-from cactus_ray.bounds.interval import ball
+from cactus_ray.bounds.graph import Graph, Node, Params, Statistics, trainable
+from cactus_ray.bounds.interval import Box, ball
 from cactus_ray.config import RunConfig
 from cactus_ray.training.attacks import pgd
 from cactus_ray.training.losses import (
@@ -35,9 +35,10 @@ _EPSILON_OF_REGULARIZER = 1e-6  # stands for 0, where every ratio of widths woul
 class Step:
     """Everything that the loss of one step depends on.
 
-    ``params`` holds leaves that require gradients, and buffers. ``noise`` [N, C, H, W] in [0, 1) starts the attack.
-    ``epsilon`` and ``standard_weight`` are the scheduled values, ``progress`` in [0, 1) the share of all steps that is
-    done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
+    ``params`` holds the network's tensors, differentiable in the leaves of the ``stage``, and buffers; ``auxiliary``
+    the method's own tensors, which persist (``stages.Stage``). ``noise`` [N, C, H, W] in [0, 1) starts the attack.
+    ``epsilon`` and ``standard_weight`` are the scheduled values, ``progress`` in [0, 1) the share of the stage's steps
+    that is done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
     ``latent_generator`` (on the images' device) is each worker's own, ``memory`` lives for one epoch. A method leaves
     the batch-norm statistics of the full network in ``statistics`` and, where its loss normalises with the adversarial
     batch, that batch's in ``adversarial_statistics``: the running ones follow both.
@@ -59,6 +60,8 @@ class Step:
     statistics: Statistics = field(default_factory=dict)
     adversarial_statistics: Statistics = field(default_factory=dict)
     latent_generator: torch.Generator | None = None
+    stage: str = ""
+    auxiliary: Params = field(default_factory=dict)
 
     @property
     def certifies(self) -> bool:
@@ -75,30 +78,33 @@ class Step:
         return LossOptions(**{name: value for name, value in given.items() if value is not None})
 
     def gradients(self) -> Params:
-        """What has been accumulated so far in the leaves."""
-        return {k: v.grad for k, v in trainable(self.params).items() if v.grad is not None}
+        """What has been accumulated so far in the leaves among the network's tensors."""
+        leaves = {k: v for k, v in trainable(self.params).items() if v.is_leaf}
+        return {k: v.grad for k, v in leaves.items() if v.grad is not None}
 
 
-def full_loss(step: Step, kind: str) -> tuple[Tensor, Region]:
+def full_loss(
+    step: Step, kind: str, *, region: Region | None = None, visit: Visitor | None = None
+) -> tuple[Tensor, Region]:
     """Loss of the full network, and the region that the members share.
 
     ``standard_weight * CE + (1 - standard_weight) * certified`` (CACTUS, Eq. 7) with the certified loss ``kind``, plus
     the ramp regularisers. Clean pass and box use the clean batch's batch-norm statistics, and so does the attack;
     gradients flow into them from the box (Shi et al. 2021). The expressive losses attack with the running statistics
     and take those of the adversarial batch for the box, as their authors do. A pass whose loss has no weight is not
-    made.
+    made. With ``region`` its points are taken and nothing is attacked. ``visit`` sees the certified loss's bound pass.
     """
     clean = _clean(step, kind, step.params, step.images, step.labels, step.statistics)
-    region = Region(
-        step.labels, ball(step.images, step.epsilon, step.config.threat.domain), generator=step.latent_generator
-    )
-    if step.certifies:
-        region = _attacked(step, region, kind) if kind in ATTACKED else region
+    if region is None:
+        images = ball(step.images, step.epsilon, step.config.threat.domain)
+        region = Region(step.labels, images, generator=step.latent_generator)
+        if step.certifies and kind in ATTACKED:
+            region = _attacked(step, region, kind)
     strength = 0.0 if kind in UNBOUNDED else _regularizer_strength(step)
     if strength == 0.0:
-        return _weighted(step, step.params, clean, region, kind, step.statistics), region
+        return _weighted(step, step.params, clean, region, kind, step.statistics, visit), region
     visitor = RampRegularizer()
-    loss = _regularized(step, clean, region, kind, visitor)
+    loss = _regularized(step, clean, region, kind, visitor, visit)
     return loss + strength * visitor.value(), region
 
 
@@ -149,12 +155,13 @@ def _certified(
 
 
 def _weighted(
-    step: Step, params: Params, clean: Tensor | None, region: Region, kind: str, statistics: Statistics
-) -> Tensor:
+    step: Step, params: Params, clean: Tensor | None, region: Region, kind: str, statistics: Statistics,
+    visit: Visitor | None = None,
+) -> Tensor:  # fmt: skip
     if not step.certifies:
         assert clean is not None
         return clean
-    return _mixed(step, clean, _certified(step, params, region, kind, statistics))
+    return _mixed(step, clean, _certified(step, params, region, kind, statistics, visit))
 
 
 def _mixed(step: Step, clean: Tensor | None, certified: Tensor) -> Tensor:
@@ -162,13 +169,21 @@ def _mixed(step: Step, clean: Tensor | None, certified: Tensor) -> Tensor:
     return weighted if clean is None or step.standard_weight == 0.0 else weighted + step.standard_weight * clean
 
 
-def _regularized(step: Step, clean: Tensor | None, region: Region, kind: str, visitor: RampRegularizer) -> Tensor:
-    """The weighted loss whose bound pass ``visitor`` sees; without a certified loss a pass over tiny balls."""
+def _regularized(
+    step: Step, clean: Tensor | None, region: Region, kind: str, visitor: RampRegularizer, visit: Visitor | None
+) -> Tensor:
+    """The weighted loss whose bound pass both visitors see; without a certified loss one over tiny balls the first."""
+
+    def both(node: Node, box: Box) -> None:
+        visitor(node, box)
+        if visit is not None:
+            visit(node, box)
+
     if step.certifies and step.epsilon > _EPSILON_OF_REGULARIZER:
-        return _mixed(step, clean, _certified(step, step.params, region, kind, step.statistics, visitor))
+        return _mixed(step, clean, _certified(step, step.params, region, kind, step.statistics, both))
     tiny = Region(step.labels, ball(step.images, _EPSILON_OF_REGULARIZER, step.config.threat.domain))
     CERTIFIED_LOSSES["ibp"](step.graph, step.params, tiny, step.options, statistics=step.statistics, visit=visitor)
-    return _weighted(step, step.params, clean, region, kind, step.statistics)
+    return _weighted(step, step.params, clean, region, kind, step.statistics, visit)
 
 
 def _regularizer_strength(step: Step) -> float:

@@ -8,6 +8,7 @@ import torch
 from cactus_ray.bounds.graph import Graph, Node, Params
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import DataSet, load
+from cactus_ray.options import STAGE_SHARES
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def run_dict(**changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         (plain.setdefault(section, {}) if section else plain)[name] = value
+    plain["train"]["epochs"] = max(plain["train"]["epochs"], len(STAGE_SHARES.get(plain["method"], ())))
     return plain
 
 

@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.graph import Params, is_buffer, trainable
+from cactus_ray.bounds.graph import Params, is_buffer
 from cactus_ray.compression.prune import masks
 from cactus_ray.config import AWP_UNITS, CERTIFIED_LOSSES, STRATEGIES, RunConfig
 from cactus_ray.config import METHODS as NAMES
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError
 from cactus_ray.models import create
+from cactus_ray.options import STAGE_SHARES
 from cactus_ray.training import perturb
 from cactus_ray.training.init import ibp_initialization
-from cactus_ray.training.methods import METHODS
+from cactus_ray.training.methods import METHODS, STAGES
+from cactus_ray.training.stages import WHOLE, begin
 from cactus_ray.training.step import Step, full_loss, member_loss
 
 CACTUS_MODULE = sys.modules["cactus_ray.training.methods.cactus"]  # the package gives the function of that name
@@ -26,16 +28,18 @@ CACTUS = {"method": "cactus", "certified_loss": "sabr"}
 
 
 def make_step(config: RunConfig, data: DataSet, **changes: Any) -> Step:
+    """A step of the first stage."""
     network = create(config, data.input_shape, data.classes)
     params = ibp_initialization(network.graph, network.params, torch.Generator().manual_seed(1))
-    params = {k: v.clone().requires_grad_(not is_buffer(k)) for k, v in params.items()}
+    first = STAGES.get(config.method, WHOLE)[0]
+    params, auxiliary = begin(first, config, network.graph, params, {})
     images, labels = data.split("train")
     noise = torch.rand(images[:64].shape, generator=torch.Generator().manual_seed(2))
     step = Step(
         config, network.graph, params, images[:64], labels[:64], noise, epsilon=config.threat.epsilon,
         standard_weight=1.0 if config.standard_weight is None else config.standard_weight, progress=0.5, index=0,
         generator=torch.Generator().manual_seed(3),
-        latent_generator=torch.Generator().manual_seed(4),
+        latent_generator=torch.Generator().manual_seed(4), stage=first.name, auxiliary=auxiliary,
     )  # fmt: skip
     return replace(step, **changes)
 
@@ -49,8 +53,9 @@ def take(step: Step) -> tuple[list[float], Params]:
     return losses, step.gradients()
 
 
-def test_the_table_has_the_names_of_the_configuration() -> None:
+def test_the_tables_have_the_names_of_the_configuration() -> None:
     assert set(METHODS) == set(NAMES)
+    assert {m: [s.name for s in stages] for m, stages in STAGES.items()} == {m: [*s] for m, s in STAGE_SHARES.items()}
 
 
 @pytest.mark.parametrize(
@@ -59,19 +64,29 @@ def test_the_table_has_the_names_of_the_configuration() -> None:
 @pytest.mark.parametrize("method", NAMES)
 def test_contract(method: str, model: dict[str, Any], run_config: Any, few_digits: DataSet) -> None:
     config = run_config(method=method, model=model)
-    losses, gradients = take(make_step(config, few_digits))
-    assert all(torch.tensor(losses).isfinite())
     step = make_step(config, few_digits)
-    assert set(gradients) == set(trainable(step.params))
-    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients.values())
-    optimizer = torch.optim.Adam([p for p in step.params.values() if p.requires_grad], lr=0.02)
-    course = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        found, _ = take(replace(step, statistics={}))
-        course.append(sum(found))
-        optimizer.step()
-    assert sum(course[-5:]) < 0.8 * sum(course[:5])
+    params, auxiliary = step.params, step.auxiliary
+    for number, stage in enumerate(STAGES.get(method, WHOLE)):
+        params, auxiliary = begin(stage, config, step.graph, params, auxiliary)
+        course = []
+        leaves = {k: v for k, v in (params | auxiliary).items() if v.requires_grad}
+        assert set(leaves) == {k for k in params | auxiliary if stage.trains(step.graph, k) and not is_buffer(k)}
+        optimizer = torch.optim.Adam(leaves.values(), lr=0.02 if number == 0 else 0.003)
+        for index in range(30):
+            optimizer.zero_grad()
+            network = stage.network(config, step.graph, params, auxiliary)
+            now = replace(step, params=network, auxiliary=auxiliary, stage=stage.name, statistics={})
+            found, _ = take(now)
+            assert all(torch.tensor(found).isfinite())
+            if index == 0:
+                gradients = [v.grad for v in leaves.values()]
+                assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
+            course.append(sum(found))
+            optimizer.step()
+            if stage.after is not None:
+                with torch.no_grad():
+                    stage.after(now)
+        assert sum(course[-5:]) < (0.8 if number == 0 else 1.0) * sum(course[:5])
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -49,6 +49,12 @@ def cactus(k: int, strategy: str, **values: Any) -> dict[str, Any]:
         ({"method": "crown_ibp"}, 9),
         ({"method": "crown_ibp", "crown_weight": 1.0}, 12),
         ({"method": "taps"}, None),
+        ({"method": "hydra", "attack_steps": 8}, 25),
+        ({"method": "qa_ibp", "certified_loss": "ibp"}, 9),
+        ({"method": "nrsloss", "attack_steps": 8}, 25),
+        ({"method": "nrsloss", "certified_loss": "pgd", "attack_steps": 1}, 14),
+        ({"method": "awp", "attack_steps": 8}, 34),
+        ({"method": "awp", "attack_steps": 8, "awp_gamma": 0.0}, 25),
         (cactus(8, "none"), 25),
         (cactus(8, "single"), 34),
         (cactus(1, "single"), 20),
@@ -73,9 +79,10 @@ def test_measure_times_every_case_beside_the_forward() -> None:
     splits = ("train", "selection")
     data = DataSet("random", tuple("0123456789"), dict.fromkeys(splits, images), dict.fromkeys(splits, labels), {})
     cases = [("sabr", config(method="sabr", attack_steps=8)), ("ibp", config(method="ibp"))]
-    cases += [("staps", config(method="staps")), ("standard", config(method="standard"))]
+    cases += [("staps", config(method="staps")), ("qa_ibp", config(method="qa_ibp"))]
     found = measure(cases, data, repeats=2, steps=1)
-    assert [step.name for step in found.steps] == ["sabr", "ibp", "staps", "standard"]
+    names = ["sabr", "ibp", "staps", "qa_ibp pretrain", "qa_ibp quantised"]
+    assert [step.name for step in found.steps] == names
     assert found.forward_seconds.low > 0
     assert found.steps[2].ideal is None
     for step in found.steps[:2]:
