@@ -10,8 +10,9 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.family import Family, outside
 from cactus_ray.compression.levels import Level
-from cactus_ray.compression.materialize import Compressed, Stored
+from cactus_ray.compression.materialize import Compressed
 from cactus_ray.compression.quantize import largest_code
+from cactus_ray.compression.stored import Stored
 from cactus_ray.config import ThreatConfig
 from cactus_ray.deploy.replay import objection, runner
 from cactus_ray.errors import ConfigError, UnsupportedGraphError
