@@ -21,7 +21,7 @@ def cluster(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     flat = values.detach().double().flatten()
     ordered = flat[flat != 0].sort().values
     count = 2**bits - 1
-    distinct = ordered.unique_consecutive()
+    distinct = torch.unique_consecutive(ordered)
     if len(distinct) <= count:
         places = torch.where(flat == 0, 0, 1 + torch.searchsorted(distinct, flat))
         table = torch.cat([distinct.new_zeros(1), distinct, distinct.new_zeros(count - len(distinct))])

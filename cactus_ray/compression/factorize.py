@@ -21,10 +21,14 @@ from cactus_ray.compression.stored import EXACT, Factored, Stored
 
 ROUNDS = 4
 BISECTIONS = 14
+CANDIDATES, TURNS = 3, 10
 LARGEST = 2047
-"""Largest code of parts without a number format: float16 holds all whole numbers up to 2048."""
-LARGEST_MULTIPLE = 255
+"""Largest code of parts without a number format, as float16 holds all whole numbers up to 2048."""
+LARGEST_MULTIPLE = 2048
 SMALLEST_SCALE = 2.0**-100
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""U and V by the name of the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ def split(names: Sequence[str], params: Params, kept: float) -> dict[str, Factor
     if own and sum(f.nonzeros for f in own.values()) <= budget:
         return own
     found = [factorize(weights, kept), *([largest_entries(own, budget)] if own else [])]
-    return min(found, key=lambda f: sum(f[k].distance(w.double().flatten(1)) for k, w in weights.items()))
+    return min(found, key=lambda f: _error(f, {k: w.double().flatten(1) for k, w in weights.items()}))
 
 
 def _budget(weights: Params, kept: float) -> int:
@@ -97,39 +101,52 @@ def factorize(weights: Params, kept: float) -> dict[str, Factors]:
 
     Minimises ``|W - UV - C|^2 + t * nonzeros`` over all layers by turns, each exact: for given C, U V is the singular
     value decomposition of ``W - C`` as far as a component pays for its ``out + columns`` nonzeros; for given U V, C
-    holds the residuals above ``sqrt(t)``. The price t is searched for; what it leaves of the nonzeros goes to the
-    largest residuals of all. Where the largest weights alone do better, there is no U V. Deterministic.
+    holds the residuals above ``sqrt(t)``. The price t is searched for. From the ranks so found, and from no U V at all,
+    turns at fixed numbers of nonzeros go on; the smallest squared error wins. Deterministic.
     """
     matrices = {k: w.detach().double().flatten(1) for k, w in weights.items()}
     budget = _budget(weights, kept)
     first = {k: _singular(m) for k, m in matrices.items()}
     high = max(1e-300, *(float(values[0].max()) for values in first.values()))
     low = high * 2.0**-60
-    empty = {k: (m.new_zeros(m.shape[0], 0), m.new_zeros(0, m.shape[1])) for k, m in matrices.items()}
-    ranks = empty
+    tried: dict[tuple[int, ...], Pairs] = {}  # by ranks, the last price's of each
     for _ in range(BISECTIONS):
         price = (low * high) ** 0.5
-        found = {k: _low_rank(m, first[k], price) for k, m in matrices.items()}
-        count = sum(left.numel() + right.numel() for left, right in found.values())
-        count += sum(int(((m - found[k][0] @ found[k][1]).square() > price).sum()) for k, m in matrices.items())
-        if count > budget:
-            low = price
-        else:
-            high, ranks = price, found
-    alone, both = _with_largest(matrices, empty, budget), _with_largest(matrices, ranks, budget)
-    return min(
-        both, alone, key=lambda found: sum(float((found[k].matrix - m).square().sum()) for k, m in matrices.items())
-    )
+        pairs = {k: _at_price(m, first[k], price) for k, m in matrices.items()}
+        count = sum(left.numel() + right.numel() for left, right in pairs.values())
+        if count <= budget:
+            ranks = tuple(right.shape[0] for _, right in pairs.values())
+            tried.pop(ranks, None)
+            tried[ranks] = pairs
+        count += sum(int(((m - pairs[k][0] @ pairs[k][1]).square() > price).sum()) for k, m in matrices.items())
+        low, high = (price, high) if count > budget else (low, price)
+    none = {k: (m.new_zeros(m.shape[0], 0), m.new_zeros(0, m.shape[1])) for k, m in matrices.items()}
+    starts = [none, *list(tried.values())[-CANDIDATES:]]
+    return min((_refined(matrices, start, budget) for start in starts), key=lambda f: _error(f, matrices))
 
 
-def _with_largest(matrices: Params, low_rank: dict[str, tuple[Tensor, Tensor]], budget: int) -> dict[str, Factors]:
-    """The low-rank parts, and of what they leave the largest entries of all layers, as many as the budget has left."""
-    residuals = {k: m - low_rank[k][0] @ low_rank[k][1] for k, m in matrices.items()}
+def _refined(matrices: Params, pairs: Pairs, budget: int) -> dict[str, Factors]:
+    """What turns at fixed ranks and a fixed number of nonzeros of C make of U V; no turn raises the squared error."""
+    found = _with_largest(matrices, pairs, budget)
+    for _ in range(TURNS if any(right.numel() for _, right in pairs.values()) else 0):
+        rests = {k: m - found[k].sparse for k, m in matrices.items()}
+        again = {k: _leading(rest, *_singular(rest), pairs[k][1].shape[0]) for k, rest in rests.items()}
+        found = _with_largest(matrices, again, budget)
+    return found
+
+
+def _with_largest(matrices: Params, pairs: Pairs, budget: int) -> dict[str, Factors]:
+    """U V, and of what they leave the largest entries of all layers, as many as the budget has left."""
+    residuals = {k: m - pairs[k][0] @ pairs[k][1] for k, m in matrices.items()}
     flat = torch.cat([r.flatten() for r in residuals.values()])
-    left_over = budget - sum(left.numel() + right.numel() for left, right in low_rank.values())
+    left_over = budget - sum(left.numel() + right.numel() for left, right in pairs.values())
     mask = keep_largest(flat.abs(), max(flat.numel() - left_over, 0))
     masks = mask.split_with_sizes([r.numel() for r in residuals.values()])
-    return {k: Factors(*low_rank[k], r * m.view_as(r)) for (k, r), m in zip(residuals.items(), masks, strict=True)}
+    return {k: Factors(*pairs[k], r * m.view_as(r)) for (k, r), m in zip(residuals.items(), masks, strict=True)}
+
+
+def _error(factors: dict[str, Factors], matrices: Params) -> float:
+    return sum(factors[k].distance(m) for k, m in matrices.items())
 
 
 def largest_entries(factors: dict[str, Factors], kept: int) -> dict[str, Factors]:
@@ -175,12 +192,13 @@ def store(factors: Factors, shape: tuple[int, ...], level: Level, rows: Tensor |
     final = scale if rows is None else (scale.double() * rows).float()
 
     def formed(rest: Tensor) -> Factored:
-        multiple = (_most(rest.abs(), common) / largest - 1e-3).ceil().clamp(1, LARGEST_MULTIPLE).to(torch.uint8)
+        multiple = (_most(rest.abs(), common) / largest - 1e-3).ceil().clamp(1, LARGEST_MULTIPLE).to(torch.float16)
         sparse = _whole(rest / multiple.double()[:, None], largest, level)
-        low_rank = (lefts, rights) if bool(product.any()) else (None, None)
-        if not bool(sparse.values.any()) and low_rank[0] is not None:
-            return Factored(shape, final, torch.ones(1, dtype=torch.uint8), *low_rank, None)
-        return Factored(shape, final, multiple, *low_rank, sparse)
+        if not bool(product.any()):
+            return Factored(shape, final, multiple, None, None, sparse)
+        if not bool(sparse.values.any()):
+            return Factored(shape, final, torch.ones(1, dtype=torch.float16), lefts, rights, None)
+        return Factored(shape, final, multiple, lefts, rights, sparse)
 
     candidates = formed(torch.where(factors.sparse != 0, wanted / steps - product, 0.0)), formed(factors.sparse / steps)
     wanted = wanted if rows is None else rows[:, None] * wanted
@@ -218,22 +236,22 @@ def _singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0.0), vectors * signs
 
 
-def _low_rank(matrix: Tensor, first: tuple[Tensor, Tensor], price: float) -> tuple[Tensor, Tensor]:
+def _at_price(matrix: Tensor, first: tuple[Tensor, Tensor], price: float) -> tuple[Tensor, Tensor]:
     """U and V of the best trade at a price; ``first``: the decomposition of the matrix itself."""
     cost = price * sum(matrix.shape)
-    decomposed, rest = first, matrix
-    left, right = matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0, matrix.shape[1])
-    for turn in range(ROUNDS):
-        if turn:
-            residual = matrix - left @ right
-            rest = matrix - torch.where(residual.square() > price, residual, 0.0)
-            decomposed = _singular(rest)
-        values, vectors = decomposed
-        rank = int((values > cost).sum())
-        balance = values[:rank].pow(0.25)
-        chosen = vectors[:, :rank]
-        if matrix.shape[0] <= matrix.shape[1]:
-            left, right = chosen * balance, (chosen / balance).T @ rest
-        else:
-            left, right = rest @ (chosen / balance), (chosen * balance).T
+    (values, vectors), rest = first, matrix
+    left, right = _leading(rest, values, vectors, int((values > cost).sum()))
+    for _ in range(ROUNDS - 1):
+        residual = matrix - left @ right
+        rest = matrix - torch.where(residual.square() > price, residual, 0.0)
+        values, vectors = _singular(rest)
+        left, right = _leading(rest, values, vectors, int((values > cost).sum()))
     return left, right
+
+
+def _leading(matrix: Tensor, values: Tensor, vectors: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` components of a matrix as U V, each shared out evenly, from its ``_singular``."""
+    balance, chosen = values[:rank].clamp(min=1e-300).pow(0.25), vectors[:, :rank]
+    if matrix.shape[0] <= matrix.shape[1]:
+        return chosen * balance, (chosen / balance).T @ matrix
+    return matrix @ (chosen / balance), (chosen * balance).T

@@ -21,7 +21,7 @@ def ideal_bits(compressed: Compressed) -> int:
     ``g = ceil(log2(d + 1))`` bits that the largest distance d needs). An integer weight adds 32 bits per scale (the
     scales of an integer bias follow from those) and b per zero point, a quantiser of activations 40: its scale and zero
     point; a codebook its entries of 32 bits, 16 where they are whole. A weight of several parts costs those, and
-    32 bits per scale and 8 per multiple.
+    32 bits per scale and 16 per multiple.
     """
     quantisers = sum(node.op == "quantize" for node in compressed.graph.nodes)
     return 40 * quantisers + sum(_tensor_bits(stored) for stored in compressed.stored.values())
@@ -29,7 +29,7 @@ def ideal_bits(compressed: Compressed) -> int:
 
 def _tensor_bits(stored: Weight) -> int:
     if isinstance(stored, Factored):
-        own = 32 * stored.scale.numel() + 8 * stored.multiple.numel() * bool((stored.multiple != 1).any())
+        own = 32 * stored.scale.numel() + 16 * stored.multiple.numel() * bool((stored.multiple != 1).any())
         return own + sum(_part_bits(part) for part in stored.parts.values())
     return _part_bits(stored)
 

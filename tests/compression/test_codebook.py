@@ -58,7 +58,7 @@ def test_more_clusters_are_closer() -> None:
         places, table = cluster(values, bits)
         errors.append(float((table[places.int()] - values).square().sum()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[3] < 0.02 * errors[0]
+    assert errors[3] < 0.06 * errors[0]
 
 
 def test_bits_out_of_range() -> None:

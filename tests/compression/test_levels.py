@@ -85,7 +85,7 @@ def test_what_a_level_tells() -> None:
         ("rebn+lr+sparse:0.1", "in this order"),
         ("lr", "lr+sparse:0.1"),
         ("lr+sparse", "lr+sparse:0.1"),
-        ("lr+int8", "lr+sparse:0.1"),
+        ("lr+int8", "lr+sparse:KEPT"),
         ("lr:0.1", "lr+sparse:0.1"),
         ("lr+sparse:0", "above 0 and at most 1; got '0'"),
         ("lr+sparse:1.1", "above 0 and at most 1"),
