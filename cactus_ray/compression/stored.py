@@ -51,8 +51,8 @@ class Factored:
     """A weight in three parts of whole numbers: ``scale * (left @ right + multiple * sparse)``, of the given shape.
 
     ``left`` [out, rank] and ``right`` [rank, columns], or neither; ``sparse`` [out, columns] or None; ``scale`` float32
-    and ``multiple`` float16, both [out] or [1]. Whoever loads the file forms the weight, and no two runtimes sum products
-    in the same order: here all sums are of whole numbers and exact (``EXACT``), and one product with the scale is
+    and ``multiple`` float16, both [out] or [1]. Whoever loads the file forms the weight, and runtimes sum products
+    in different orders: here all sums are of whole numbers and exact (``EXACT``), and one product with the scale is
     rounded, by itself. So the weight is one float32 number whatever the runtime, and bounds are about that number.
     Raises ValueError for parts whose sums may be inexact.
     """
