@@ -22,6 +22,8 @@ from cactus_ray.training.step import Step, full_loss
 
 GOAL, DUAL = "_goal", "_dual"
 """What an entry of U, V or C is drawn to (theta'), and the scaled dual variable (u)."""
+MOVES = "moves"
+"""Steps of the last stage so far."""
 
 
 def atmc(step: Step) -> Iterator[Tensor]:
@@ -83,6 +85,7 @@ def _begin_factorised(config: RunConfig, graph: Graph, params: Params, auxiliary
 
 def _begin_quantised(config: RunConfig, graph: Graph, params: Params, auxiliary: Params) -> None:
     assert config.codebook_bits is not None
+    auxiliary[MOVES] = torch.zeros((), dtype=torch.int64)
     for name in _names(graph):
         theta = auxiliary[name]
         auxiliary[f"{name}{GOAL}"] = zero_kmeans(theta, theta != 0, config.codebook_bits)
@@ -113,7 +116,8 @@ def _after_quantised(step: Step) -> None:
     config, own = step.config, step.auxiliary
     assert config.codebook_bits is not None
     assert config.admm_every is not None
-    if (step.index + 1) % config.admm_every:
+    own[MOVES] += 1
+    if int(own[MOVES]) % config.admm_every:
         return
     for name in _names(step.graph):
         theta, goal, dual = own[name], own[f"{name}{GOAL}"], own[f"{name}{DUAL}"]
