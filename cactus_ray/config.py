@@ -210,13 +210,19 @@ class RunConfig:
         None, doc="proportion in which the stages of a method share the epochs", exclusive_minimum=0.0
     )
     target_sparsity: float | None = setting(
-        None, doc="hydra: share of zeros in every layer of the finished network", minimum=0.0, exclusive_maximum=1.0
-    )
+        None, minimum=0.0, exclusive_maximum=1.0,
+        doc="share of zeros in the finished network (hydra: in every layer; atmc: U, V and C have what is left)",
+    )  # fmt: skip
     nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
     weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", minimum=2, maximum=8)
     awp_gamma: float | None = setting(
         None, doc="awp: l2 norm of the weight perturbation / that of the tensor", minimum=0.0, exclusive_maximum=1.0
     )
+    codebook_bits: int | None = setting(
+        None, doc="atmc: bits of the codebooks to which U, V and C are drawn", minimum=2, maximum=8
+    )
+    admm_weight: float | None = setting(None, doc="atmc: rho, how strongly they are drawn", minimum=0.0)
+    admm_every: int | None = setting(None, doc="atmc: steps between two codebooks", minimum=1, maximum=10_000)
     seed: int = setting(0, doc="seed of everything random", minimum=0, maximum=2**31 - 1)
 
     def __post_init__(self) -> None:

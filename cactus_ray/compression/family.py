@@ -14,14 +14,20 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.bounds.quantizer import has_quantisers
-from cactus_ray.compression.levels import FORMATS, INTEGER_INFERENCE, Level
+from cactus_ray.compression.levels import FORMATS, Level
 from cactus_ray.compression.quantize import largest_code, quantize, quantize_affine
 from cactus_ray.config import setting
 from cactus_ray.errors import UserError
 
+
+def _rounds(level: Level) -> bool:
+    """Whether weights are rounded to whole steps, and nothing else is."""
+    return level.bits is not None and not level.codebook and not level.integer_inference
+
+
 RADII = {"half": 0.5, "one": 1.0}
 ZEROS = ("fixed", "free")
-INTEGERS = tuple(name for name in FORMATS if Level(quantise=name).bits is not None and name != INTEGER_INFERENCE)
+INTEGERS = tuple(name for name in FORMATS if _rounds(Level(quantise=name)))
 """Formats of weights; w8a8 quantises activations, too, which no radius of a weight covers."""
 UNIT = 2.0**-24
 

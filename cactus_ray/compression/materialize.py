@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,34 +14,13 @@ from cactus_ray.compression import calibration as calibrate
 from cactus_ray.compression import prune
 from cactus_ray.compression.activations import integer_network
 from cactus_ray.compression.channels import channel_groups, is_depthwise
+from cactus_ray.compression.codebook import cluster
+from cactus_ray.compression.factorize import split, store, without_factors
 from cactus_ray.compression.levels import Level
-from cactus_ray.compression.quantize import dequantize, quantize, quantize_affine
+from cactus_ray.compression.quantize import quantize, quantize_affine
+from cactus_ray.compression.stored import Stored, Weight
 from cactus_ray.errors import UserError
 from cactus_ray.models.fold import fold_batch_norm
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor as the file holds it.
-
-    kind: "float32", "float16", "bfloat16" (``values`` of that dtype) or "integer" (``values`` int8 codes of ``bits``
-    bits, int32 ones of 32, ``scale`` float32 [out] or [1]; the tensor is ``float32(code) * scale``; with a
-    ``zero_point``, uint8 [out] or [1], ``values`` are the uint8 codes of ``quantize_affine``). A value of 0 is a weight
-    of 0 in all of them.
-    """
-
-    kind: str
-    values: Tensor
-    scale: Tensor | None = None
-    bits: int | None = None
-    zero_point: Tensor | None = None
-
-    @property
-    def tensor(self) -> Tensor:
-        """The float32 tensor that onnxruntime computes with, bit for bit."""
-        if self.scale is None:
-            return self.values.float()
-        return dequantize(self.values, self.scale, self.zero_point, self.bits or 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +29,7 @@ class Compressed:
 
     level: Level
     graph: Graph
-    stored: dict[str, Stored]
+    stored: dict[str, Weight]
 
     @property
     def params(self) -> Params:
@@ -61,7 +41,7 @@ def materialize(
     graph: Graph, params: Params, level: Level, calibration: tuple[Tensor, Tensor] | None = None,
     domain: tuple[float, float] = (0.0, 1.0),
 ) -> Compressed:  # fmt: skip
-    """The network that would be deployed at ``level``: prune, recalibrate, fold batch norm, round; in this order.
+    """The network that would be deployed at ``level``: prune (or factorise), recalibrate, fold batch norm, round.
 
     ``calibration`` = (images, labels) of the training split, needed by ``rebn``, ``w8a8`` and the ``grad`` families;
     ``domain``: of the images. Structured pruning removes the channels; ``w8a8`` adds quantisers of activations to the
@@ -78,24 +58,42 @@ def materialize(
         raise UserError("the network's activations are quantised already; expected the trained network, of level dense")
     if level.needs_calibration and calibration is None:
         raise ValueError(f"level {level} needs calibration images")
-    if level.prune_family is not None and level.sparsity is not None:
-        grads = None
-        if level.prune_family.endswith("grad") and calibration is not None:
-            grads = calibrate.gradients(graph, params, *calibration)
-        masks = prune.masks(graph, params, level.prune_family, level.sparsity, grads)
-        params = prune.apply_masks(params, masks)
-        if level.structured:
-            graph, params = remove_channels(graph, params, masks)
+    graph, params = _pruned(graph, params, level, calibration)
+    names = [f"{node.name}.weight" for node in graph.weighted()]
+    factors = {} if level.kept is None else split(names, params, level.kept)
+    params = without_factors(names, params)
+    params |= {k: f.matrix.to(torch.float32).view_as(params[k]) for k, f in factors.items()}
     if level.rebn and calibration is not None:
         params = calibrate.recalibrate(graph, params, calibration[0])
+    rows = _rows(graph, params, factors) if any(n.op == "batch_norm" for n in graph.nodes) else {}
     graph, params = fold_batch_norm(graph, params)
     if level.integer_inference and calibration is not None:
         graph, codes = integer_network(graph, params, calibration[0], domain)
         stored = {k: Stored("integer", v.codes, v.scale, 32 if k.endswith("bias") else 8) for k, v in codes.items()}
         return Compressed(level, graph, {k: stored.get(k) or Stored("float32", v + 0.0) for k, v in params.items()})
-    weights = {f"{n.name}.weight" for n in graph.weighted()}
     # Adding 0 turns -0 into +0: the sparse encodings of a file have one zero only.
-    return Compressed(level, graph, {k: _store(k, v + 0.0, level, k in weights) for k, v in params.items()})
+    found: dict[str, Weight] = {k: _store(k, v + 0.0, level, k in names) for k, v in params.items() if k not in factors}
+    found |= {k: store(f, tuple(params[k].shape), level, rows.get(k)) for k, f in factors.items()}
+    return Compressed(level, graph, {k: found[k] for k in params})
+
+
+def _pruned(
+    graph: Graph, params: Params, level: Level, calibration: tuple[Tensor, Tensor] | None
+) -> tuple[Graph, Params]:  # fmt: skip
+    if level.prune_family is None or level.sparsity is None:
+        return graph, params
+    grads = None
+    if level.prune_family.endswith("grad") and calibration is not None:
+        grads = calibrate.gradients(graph, params, *calibration)
+    masks = prune.masks(graph, params, level.prune_family, level.sparsity, grads)
+    params = prune.apply_masks(params, masks)
+    return remove_channels(graph, params, masks) if level.structured else (graph, params)
+
+
+def _rows(graph: Graph, params: Params, names: Iterable[str]) -> Params:
+    """What folding multiplies every row of these weights by, float64 [out]."""
+    _, ones = fold_batch_norm(graph, params | {k: torch.ones_like(params[k], dtype=torch.float64) for k in names})
+    return {k: ones[k].flatten(1)[:, 0] for k in names}
 
 
 def remove_channels(graph: Graph, params: Params, masks: Params) -> tuple[Graph, Params]:
@@ -144,6 +142,9 @@ def _store(name: str, tensor: Tensor, level: Level, is_weight: bool) -> Stored:
         if level.affine:
             codes, scale, zero_point = quantize_affine(tensor, level.bits, per_tensor=level.per_tensor)
             return Stored("integer", codes, scale, level.bits, zero_point)
+        if level.codebook:
+            places, table = cluster(tensor, level.bits)
+            return Stored("codebook", places, bits=level.bits, table=table.float())
         codes, scale = quantize(tensor, level.bits, per_tensor=level.per_tensor)
         return Stored("integer", codes, scale, level.bits)
     return Stored("float32", tensor)

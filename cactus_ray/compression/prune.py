@@ -41,10 +41,10 @@ def masks(graph: Graph, params: Params, family: str, sparsity: float, gradients:
     scores = [params[k].abs() if score != "grad" else (params[k] * (gradients or {})[k]).abs() for k in names]
     flat = [s.flatten() for s in scores]
     if scope == "g":
-        kept = _keep_largest(torch.cat(flat), round(sparsity * sum(s.numel() for s in flat)))
+        kept = keep_largest(torch.cat(flat), round(sparsity * sum(s.numel() for s in flat)))
         kept_by_tensor = list(torch.split_with_sizes(kept, [s.numel() for s in flat]))
     else:
-        kept_by_tensor = [_keep_largest(s, round(sparsity * s.numel())) for s in flat]
+        kept_by_tensor = [keep_largest(s, round(sparsity * s.numel())) for s in flat]
     return {k: m.view_as(params[k]).to(params[k].dtype) for k, m in zip(names, kept_by_tensor, strict=True)}
 
 
@@ -58,7 +58,7 @@ def kept_channels(masks: Params, group: ChannelGroup) -> Tensor:
     return masks[f"{group.producers[0]}.weight"].flatten(1)[:, 0] != 0
 
 
-def _keep_largest(scores: Tensor, removed: int) -> Tensor:
+def keep_largest(scores: Tensor, removed: int) -> Tensor:
     """Bool like ``scores`` [n]: False for exactly the ``removed`` smallest, equal ones by index."""
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -93,10 +93,10 @@ def _structured(graph: Graph, params: Params, scope: str, sparsity: float, score
         scores.append(torch.where(index == best, torch.inf, total))
     if scope == "g":
         n = sum(g.size for g in groups)
-        kept = _keep_largest(torch.cat(scores), min(round(sparsity * n), n - len(groups)))
+        kept = keep_largest(torch.cat(scores), min(round(sparsity * n), n - len(groups)))
         kept_by_group = list(torch.split_with_sizes(kept, [g.size for g in groups]))
     else:
-        kept_by_group = [_keep_largest(s, min(round(sparsity * s.numel()), s.numel() - 1)) for s in scores]
+        kept_by_group = [keep_largest(s, min(round(sparsity * s.numel()), s.numel() - 1)) for s in scores]
     found: Params = {}
     for group, keep in zip(groups, kept_by_group, strict=True):
         for name in group.producers:

@@ -10,8 +10,9 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.family import Family, outside
 from cactus_ray.compression.levels import Level
-from cactus_ray.compression.materialize import Compressed, Stored
+from cactus_ray.compression.materialize import Compressed
 from cactus_ray.compression.quantize import largest_code
+from cactus_ray.compression.stored import Stored, Weight
 from cactus_ray.config import ThreatConfig
 from cactus_ray.deploy.replay import objection, runner
 from cactus_ray.errors import ConfigError, UnsupportedGraphError
@@ -24,7 +25,7 @@ def member_file(graph: Graph, weights: Params) -> bytes:
     """A member as an ONNX file of plain float32 weights, batch norm folded. UnsupportedGraphError where ONNX's
     operators that we write cannot express the graph."""
     graph, weights = fold_batch_norm(graph, {k: v.detach().cpu().float() for k, v in weights.items()})
-    stored = {k: Stored("float32", v) for k, v in weights.items()}
+    stored: dict[str, Weight] = {k: Stored("float32", v) for k, v in weights.items()}
     return onnx_bytes(Compressed(Level(), graph, stored), FileInfo("", (), (0.0, 1.0)))
 
 

@@ -12,7 +12,7 @@ from itertools import chain, combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from cactus_ray.compression.materialize import Stored
+from cactus_ray.compression.stored import Stored
 
 ENCODINGS = ("dense", "mask", "gaps4", "gaps6", "gaps8")
 VALUE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from cactus_ray.bounds.quantizer import input_scales
-from cactus_ray.compression.materialize import Compressed, Stored
+from cactus_ray.compression.materialize import Compressed
+from cactus_ray.compression.stored import Factored, Stored, Weight
 from cactus_ray.interchange import encode
 from cactus_ray.interchange.nodes import INPUT, OUTPUT, write_layers
 
@@ -52,9 +53,11 @@ def onnx_bytes(compressed: Compressed, info: FileInfo) -> bytes:
     builder.weights({k: s for k, s in ordered if k in weights})
     scales = input_scales(compressed.graph)
     for name, stored in ordered:
-        if name not in weights and stored.scale is not None:
+        if name in weights or isinstance(stored, Factored):
+            continue
+        if stored.scale is not None:
             builder.bias(name, stored, scales[name.rpartition(".")[0]])
-        elif name not in weights:
+        else:
             builder.small(name, stored)
     classes = write_layers(builder, compressed)
     graph = helper.make_graph(
@@ -161,7 +164,7 @@ class Builder:
         """[n', 1] float32 of some of a tensor's stored values, in a row."""
         if stored.bits is None:
             return self.floats(values[:, None])
-        return self.integers(values.numpy(), stored.bits, signed=stored.zero_point is None)
+        return self.integers(values.numpy(), stored.bits, signed=stored.signed)
 
     # --- integers that stay integers (w8a8) ---
 
@@ -179,7 +182,40 @@ class Builder:
 
     # --- streams of weights ---
 
-    def weights(self, weights: dict[str, Stored]) -> None:
+    def weights(self, weights: dict[str, Weight]) -> None:
+        """All weights by name; those of several parts are formed from them."""
+        plain: dict[str, Stored] = {}
+        parts: dict[str, dict[str, str]] = {}
+        for name, stored in weights.items():
+            if isinstance(stored, Factored):
+                parts[name] = {kind: self.fresh() for kind in stored.parts}
+                plain |= {parts[name][kind]: part for kind, part in stored.parts.items()}
+            else:
+                plain[name] = stored
+        self.streams(plain)
+        for name, stored in weights.items():
+            if isinstance(stored, Factored):
+                self.formed(name, stored, parts[name])
+
+    def formed(self, name: str, stored: Factored, parts: dict[str, str]) -> None:
+        """``scale * (left @ right + multiple * sparse)`` of the tensors named ``parts``."""
+        total = None
+        if "left" in parts:
+            total = self.add("MatMul", [parts["left"], parts["right"]])
+        if "sparse" in parts:
+            sparse = parts["sparse"]
+            if bool((stored.multiple != 1).any()):
+                few = stored.multiple.numel() <= 16  # as for zero points below
+                column = stored.multiple[:, None]
+                sparse = self.add("Mul", [sparse, self.floats(column.float() if few else column)])
+            total = sparse if total is None else self.add("Add", [total, sparse])
+        assert total is not None
+        flat = len(stored.shape) == 2
+        total = self.add("Mul", [total, self.floats(stored.scale[:, None])], name if flat else None)
+        if not flat:
+            self.add("Reshape", [total, self.constant(np.array(stored.shape))], name)
+
+    def streams(self, weights: dict[str, Stored]) -> None:
         chosen = encode.choose(weights)
         for encoding in encode.ENCODINGS:
             members = {k: s for k, s in weights.items() if chosen[k] == encoding}
@@ -245,10 +281,13 @@ class Builder:
             self.scaled(name, stored, self.add("Reshape", [part, shape], self.raw_name(name, stored)))
 
     def raw_name(self, name: str, stored: Stored) -> str | None:
-        """Integers still need their scale, so their codes do not carry the tensor's name."""
-        return name if stored.scale is None else None
+        """Integers still need their scale, or table, so their codes do not carry the tensor's name."""
+        return name if stored.scale is None and stored.table is None else None
 
     def scaled(self, name: str, stored: Stored, codes: str) -> None:
+        if stored.table is not None:
+            places = self.add("Cast", [codes], to=TensorProto.INT32)
+            self.add("Gather", [self.floats(stored.table), places], name)
         if stored.scale is None:
             return
         if self.integers_inside:

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from cactus_ray.compression.levels import FORMATS
+from cactus_ray.compression.levels import FACTOR_FORMATS, FORMATS
 from cactus_ray.config import PRUNE_FAMILIES
 from cactus_ray.search.domains import DISTRIBUTIONS, Key, leaf_keys, run_keys
 from cactus_ray.search.objectives import FRONT_COLUMNS, LEVEL_METRICS, TRIAL_METRICS
@@ -94,7 +94,8 @@ def _value(key: Key) -> Schema:
 def _level() -> Schema:
     number = r"(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
     prune, formats = f"prune:({'|'.join(PRUNE_FAMILIES)}):{number}", "|".join(FORMATS)
-    steps = rf"{prune}( *\+ *rebn)?( *\+ *({formats}))?|rebn( *\+ *({formats}))?|{formats}"
+    factors = rf"lr *\+ *sparse:{number}( *\+ *rebn)?( *\+ *({'|'.join(FACTOR_FORMATS)}))?"
+    steps = rf"{prune}( *\+ *rebn)?( *\+ *({formats}))?|{factors}|rebn( *\+ *({formats}))?|{formats}"
     return {"type": "string", "pattern": f"^ *(dense|{steps}) *$", "examples": ["dense", "int8", "prune:gu-l1:0.9"]}
 
 

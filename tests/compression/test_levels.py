@@ -1,6 +1,6 @@
 import pytest
 
-from cactus_ray.compression.levels import FORMATS, Level, parse_level, parse_levels
+from cactus_ray.compression.levels import FACTOR_FORMATS, FORMATS, Level, parse_level, parse_levels
 from cactus_ray.config import PRUNE_FAMILIES
 from cactus_ray.errors import ConfigError
 
@@ -18,6 +18,10 @@ from cactus_ray.errors import ConfigError
         ("prune:gu-l1:0", "prune:gu-l1:0"),
         ("prune:gu-l1:0.0", "prune:gu-l1:0"),
         ("prune:gu-l1:.90 + int4:tensor:affine ", "prune:gu-l1:0.9+int4:tensor:affine"),
+        ("prune:gu-l1:.90 + codebook:4 ", "prune:gu-l1:0.9+codebook:4"),
+        ("lr+sparse:0.10", "lr+sparse:0.1"),
+        ("lr + sparse:1 + rebn + int8", "lr+sparse:1+rebn+int8"),
+        ("lr+sparse:1e-2+codebook:3", "lr+sparse:0.01+codebook:3"),
     ],
 )
 def test_canonical_text(text: str, canonical: str) -> None:
@@ -33,6 +37,12 @@ def test_every_combination_reads_back(family: str, quantise: str) -> None:
     assert parse_level(str(level)) == level
 
 
+@pytest.mark.parametrize("quantise", [None, *FACTOR_FORMATS])
+def test_factored_levels_read_back(quantise: str | None) -> None:
+    level = Level(None, None, True, quantise, 0.037)
+    assert parse_level(str(level)) == level
+
+
 def test_what_a_level_tells() -> None:
     level = parse_level("prune:gs-grad:0.5+ternary")
     assert (level.bits, level.structured, level.needs_calibration) == (2, True, True)
@@ -40,6 +50,9 @@ def test_what_a_level_tells() -> None:
     assert parse_level("rebn").needs_calibration
     level = parse_level("int2:tensor:affine")
     assert (level.bits, level.per_tensor, level.affine) == (2, True, True)
+    level = parse_level("codebook:3")
+    assert (level.bits, level.codebook, level.affine, level.needs_calibration) == (3, True, False, False)
+    assert (parse_level("lr+sparse:0.1").bits, parse_level("lr+sparse:0.1").kept) == (None, 0.1)
     level = parse_level("int5")
     assert (level.bits, level.per_tensor, level.affine) == (5, False, False)
     assert not parse_level("prune:gs-l2:0.5").needs_calibration
@@ -64,6 +77,24 @@ def test_what_a_level_tells() -> None:
         ("int8+int4", "in this order"),
         ("prune:gu-l1:0.5+prune:gs-l1:0.5", "in this order"),
         ("int8+", "joined by '+'"),
+        ("codebook", "codebook:8, codebook:6"),
+        ("codebook:7", "codebook:8, codebook:6"),
+        ("codebook4", "codebook:8, codebook:6"),
+        ("int8+lr+sparse:0.1", "in this order"),
+        ("prune:gu-l1:0.5+lr+sparse:0.1", "in this order"),
+        ("rebn+lr+sparse:0.1", "in this order"),
+        ("lr", "lr+sparse:0.1"),
+        ("lr+sparse", "lr+sparse:0.1"),
+        ("lr+int8", "lr+sparse:KEPT"),
+        ("lr:0.1", "lr+sparse:0.1"),
+        ("lr+sparse:0", "above 0 and at most 1; got '0'"),
+        ("lr+sparse:1.1", "above 0 and at most 1"),
+        ("lr+sparse:nan", "above 0 and at most 1"),
+        ("lr+sparse:0.1:0.2", "above 0 and at most 1"),
+        ("sparse:0.1", "lr+sparse:KEPT"),
+        ("lr+sparse:0.1+fp16", "12 bits"),
+        ("lr+sparse:0.1+int8:affine", "int8:tensor"),
+        ("lr+sparse:0.1+w8a8", "alone (12 bits) or with one of int8"),
         ("prune", "prune:FAMILY:SPARSITY"),
         ("prune:gu-l1", "prune:FAMILY:SPARSITY"),
         ("prune:0.5", "prune:FAMILY:SPARSITY"),

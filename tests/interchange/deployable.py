@@ -14,7 +14,9 @@ from cactus_ray.models.normalize import Normalize
 
 INFO = FileInfo("digits", ("zero", "one", "zwei \u00e4"), (0.0, 1.0))
 SHAPE = (1, 8, 8)
-SOME_FORMATS = ("fp16", "bf16", *INTEGER_BITS, "int8:affine", "int4:tensor:affine", "int2:affine")
+SOME_FORMATS = (
+    "fp16", "bf16", *INTEGER_BITS, "int8:affine", "int4:tensor:affine", "int2:affine", "codebook:8", "codebook:3",
+)  # fmt: skip
 LEVELS = (
     "dense",
     *FORMATS,
@@ -23,6 +25,9 @@ LEVELS = (
     "prune:lu-l2:0.8+int6",
     "prune:gs-l2:0.5+rebn+int8",
     "prune:ls-l1:0.5",
+    *(f"lr+sparse:{k}" for k in (0.001, 0.1, 0.5, 1)),
+    *(f"lr+sparse:{k}+{f}" for k in (0.05, 0.3) for f in ("int8", "int3", "ternary:tensor", "codebook:4")),
+    "lr+sparse:0.1+rebn+int6",
 )
 
 

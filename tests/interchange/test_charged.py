@@ -29,7 +29,11 @@ def excess(file: bytes, arithmetic: str) -> float:
     return max(float((lower - true).max()) for lower in found)
 
 
-@pytest.mark.parametrize("level", ["dense", "fp16", "bf16", "int8", "int4", "int4:affine", "int5:tensor"])
+@pytest.mark.parametrize(
+    "level",
+    ["dense", "fp16", "bf16", "int8", "int4", "int4:affine", "int5:tensor", "codebook:4", "lr+sparse:0.3",
+     "lr+sparse:0.3+int8"],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnxruntime_stays_inside(kind: str, level: str) -> None:
     file = onnx_bytes(compressed(kind, level), INFO)
