@@ -84,7 +84,7 @@ class Entrance:
 
 
 def _phases(weight: Tensor, stride: int) -> Tensor:
-    """The kernel [O, C, h, w], filled up to a multiple of the stride, as [C * stride ** 2, O, h / stride, w / stride]."""
+    """The kernel [O, C, h, w], filled up to a multiple of the stride: [C * stride ** 2, O, h / stride, w / stride]."""
     outputs, channels, *kernel = weight.shape
     filled = [-(-length // stride) for length in kernel]
     weight = F.pad(weight, (0, filled[1] * stride - kernel[1], 0, filled[0] * stride - kernel[0]))
