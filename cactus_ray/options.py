@@ -12,6 +12,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "nrsloss": ("nrs_weight",),
     "qa_ibp": ("stage_shares", "weight_bits"),
     "awp": ("awp_gamma",),
+    "c_sam": ("stage_shares", "target_sparsity", "mask_noise", "mask_saturated"),
 }
 """The methods that take one of the losses (``certified_loss``), and their own options."""
 METHODS = (*METHOD_OPTIONS, *CERTIFIED_LOSSES, "standard")
@@ -19,6 +20,7 @@ METHODS = (*METHOD_OPTIONS, *CERTIFIED_LOSSES, "standard")
 STAGE_SHARES: dict[str, dict[str, float]] = {
     "hydra": {"pretrain": 100.0, "mask": 20.0, "finetune": 100.0},
     "qa_ibp": {"pretrain": 40.0, "quantised": 60.0},
+    "c_sam": {"pretrain": 50.0, "mask": 100.0, "finetune": 50.0},
 }
 """The stages of a method in order, and in what proportion they share the epochs."""
 
@@ -39,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "tail_layers": 2, "latent_steps": 10, "latent_restarts": 1, "latent_targets": 10, "gradient_scale": 4.0,
     "crown_weight": 0.0, "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
     "awp_kind": "ascent", "target_sparsity": 0.9, "nrs_weight": 0.01, "weight_bits": 8,
-    "awp_gamma": 0.01,
+    "awp_gamma": 0.01, "mask_noise": 0.5, "mask_saturated": 0.3,
 }  # fmt: skip
 _ONE_STEP_TO_THE_BOUNDARY = {"attack_step_size": 10.0}  # as De Palma et al. 2024 attack
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {
