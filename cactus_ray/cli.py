@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from cactus_ray import __version__
-from cactus_ray.errors import UserError
+from cactus_ray.errors import ConfigError, UserError
 
 app = typer.Typer(
     name="cactus-ray",
@@ -73,6 +73,25 @@ FamilyZeros = Annotated[
     typer.Option(
         help="Whether weights that are exactly 0 stay 0 in the family: fixed (default where a level prunes) or free."
     ),
+]
+
+Transform = Annotated[
+    str | None,
+    typer.Option(
+        help="For --threat semantic: rotation:15 (degrees), brightness:0.2, contrast:0.3, blur:1 (pixels), noise:0.1;"
+        " joined by + one after the other; several, separated by commas."
+    ),
+]
+Confidence = Annotated[
+    float | None, typer.Option(help="For --threat semantic: probability that a bound is right (default 0.99).")
+]
+Flip = Annotated[
+    float | None,
+    typer.Option(help="For --threat semantic: largest probability of a changed prediction (default 0.001)."),
+]
+Draws = Annotated[
+    int | None,
+    typer.Option(help="For --threat semantic: transformations per sample; default: so many that all samples can hold."),
 ]
 
 
@@ -241,6 +260,13 @@ def verify(
     family: FamilyFormat = None,
     family_radius: FamilyRadius = None,
     family_zeros: FamilyZeros = None,
+    threat: Annotated[
+        str, typer.Option(help="linf: certificates; semantic: confidence bounds under random transformations.")
+    ] = "linf",
+    transform: Transform = None,
+    confidence: Confidence = None,
+    flip: Flip = None,
+    draws: Draws = None,
     to: Annotated[
         Path | None,
         typer.Option("--out", help="File for the result of --vnnlib, or for results per sample (.jsonl; resumable)."),
@@ -248,16 +274,30 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Certify a network: per radius and level, what is certified, falsified and unknown; or decide a specification."""
+    if threat not in ("linf", "semantic"):
+        raise ConfigError("--threat", threat, "linf or semantic")
+    of_linf = {
+        "--epsilon": epsilon, "--radius": radius or None, "--bound": bound, "--family": family,
+        "--family-radius": family_radius, "--family-zeros": family_zeros,
+        "--seconds-per-sample": seconds_per_sample or None,
+    }  # fmt: skip
+    of_semantic = {"--transform": transform, "--confidence": confidence, "--flip": flip, "--draws": draws}
+    if threat == "semantic":
+        _refuse(of_linf | {"--vnnlib": vnnlib}, "this is about linf; leave it out, or --threat semantic")
+        from cactus_ray.commands.semantic import SemanticOptions, verify_semantic
+
+        verify_semantic(
+            out, network, SemanticOptions(transform, confidence, flip, draws), data=data, root=root, split=split,
+            levels=levels, samples=samples, to=to, as_json=as_json,
+        )  # fmt: skip
+        return
+    _refuse(of_semantic, "this asks for --threat semantic")
     if vnnlib is not None:
         from cactus_ray.commands.vnnlib import verify_vnnlib
 
-        data_options = {
-            "--data": data, "--root": root, "--epsilon": epsilon, "--levels": levels, "--samples": samples,
-            "--radius": radius or None, "--bound": bound, "--family": family, "--family-radius": family_radius,
-            "--family-zeros": family_zeros,
-        }  # fmt: skip
-        if given := [name for name, value in data_options.items() if value is not None]:
-            raise UserError(f"{given[0]}: the specification of --vnnlib says what is asked; give one of the two")
+        del of_linf["--seconds-per-sample"]  # never read here
+        data_options = {"--data": data, "--root": root, "--levels": levels, "--samples": samples}
+        _refuse(data_options | of_linf, "the specification of --vnnlib says what is asked; give one of the two")
         verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
         return
     from cactus_ray.commands.families import FamilyOptions
@@ -268,6 +308,13 @@ def verify(
         bound=bound, seconds_per_sample=seconds_per_sample, radius=radius, to=to, as_json=as_json,
         family=FamilyOptions.of(family, family_radius, family_zeros),
     )  # fmt: skip
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """Raise UserError for the first option that has a value."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name}: {reason}")
 
 
 @bench_app.command("train")

@@ -213,6 +213,12 @@ class RunConfig:
         None, minimum=0.0, exclusive_maximum=1.0,
         doc="share of zeros in the finished network (hydra: in every layer; atmc: U, V and C have what is left)",
     )  # fmt: skip
+    mask_noise: float | None = setting(
+        None, doc="c_sam: mu, radius of the uniform noise on soft masks", minimum=0.0, maximum=1.0
+    )
+    mask_saturated: float | None = setting(
+        None, doc="c_sam: tau, share of a layer's soft masks that start at 1", exclusive_minimum=0.0, maximum=1.0
+    )
     nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
     weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", minimum=2, maximum=8)
     awp_gamma: float | None = setting(

@@ -13,6 +13,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "qa_ibp": ("stage_shares", "weight_bits"),
     "awp": ("awp_gamma",),
     "atmc": ("stage_shares", "target_sparsity", "codebook_bits", "admm_weight", "admm_every"),
+    "c_sam": ("stage_shares", "target_sparsity", "mask_noise", "mask_saturated"),
 }
 """The methods that take one of the losses (``certified_loss``), and their own options."""
 METHODS = (*METHOD_OPTIONS, *CERTIFIED_LOSSES, "standard")
@@ -21,6 +22,7 @@ STAGE_SHARES: dict[str, dict[str, float]] = {
     "hydra": {"pretrain": 100.0, "mask": 20.0, "finetune": 100.0},
     "qa_ibp": {"pretrain": 40.0, "quantised": 60.0},
     "atmc": {"dense": 200.0, "sparse": 150.0, "factorised": 150.0, "quantised": 150.0},
+    "c_sam": {"pretrain": 50.0, "mask": 100.0, "finetune": 50.0},
 }
 """The stages of a method in order, and in what proportion they share the epochs."""
 
@@ -42,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "crown_weight": 0.0, "awp_radius": 0.0, "awp_unit": "step", "awp_steps": 1, "awp_member": "separate",
     "awp_kind": "ascent", "target_sparsity": 0.9, "nrs_weight": 0.01, "weight_bits": 8,
     "awp_gamma": 0.01, "codebook_bits": 4, "admm_weight": 0.1, "admm_every": 10,
+    "mask_noise": 0.5, "mask_saturated": 0.3,
 }  # fmt: skip
 _ONE_STEP_TO_THE_BOUNDARY = {"attack_step_size": 10.0}  # as De Palma et al. 2024 attack
 _DEFAULTS_OF: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cactus_ray"
 CORE = {"bounds", "compression", "training", "verification", "models", "data", "config", "errors", "options", "parsing"}
-CORE_LIBRARIES = {"torch", "numpy", "torchvision", "sklearn", "PIL", "safetensors", "cactus_ray"}
+CORE_LIBRARIES = {"torch", "numpy", "scipy", "torchvision", "sklearn", "PIL", "safetensors", "cactus_ray"}
 OPTIONAL = {"verification/lirpa.py": {"auto_LiRPA"}}
 """Libraries that one file may import, by name when they are asked for, and that nothing else needs."""
 FORBIDDEN = {

@@ -36,6 +36,7 @@ def test_an_option_that_is_not_read_is_refused_and_one_that_is_changes_the_run(m
         "awp_steps": 2, "awp_member": "pruned", "awp_kind": "noise", "compression_set": {"strategy": "dense"},
         "target_sparsity": 0.5, "nrs_weight": 0.5, "weight_bits": 4, "awp_gamma": 0.5,
         "codebook_bits": 3, "admm_weight": 0.5, "admm_every": 5,
+        "mask_noise": 0.2, "mask_saturated": 0.1,
         "stage_shares": [*range(1, 1 + len(STAGE_SHARES.get(method, "1")))],
     }  # fmt: skip
     assert values.keys() | {"certified_loss"} == METHOD_KEYS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,16 +21,14 @@ from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.commands.pick import stages
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
+from cactus_ray.commands.sources import Files, deployed_files
 from cactus_ray.compression.family import Family
-from cactus_ray.compression.levels import parse_levels
 from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
-from cactus_ray.data import SPLITS, load
+from cactus_ray.data import load
 from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
-from cactus_ray.interchange.read import read_onnx
-from cactus_ray.models.network import Network, save
 from cactus_ray.models.network import load as load_network
-from cactus_ray.search.evaluate import at_level
+from cactus_ray.models.network import save
 from cactus_ray.search.space import load_space
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
@@ -95,16 +93,9 @@ def verify(
     verdicts on every rounding of a level's weights at once. Raises
     UserError for bad input, RunFailedError where a certified sample is falsified.
     """
-    if split not in SPLITS:
-        raise ConfigError("--split", split, f"one of {', '.join(SPLITS)}")
+    source, threat, files = deployed_files(network, levels, data, root, split)
     effort = {"seconds_per_sample": seconds_per_sample} | ({} if bound is None else {"bound": bound})
     settings = parse(VerificationSettings, effort, "verification")
-    if network.suffix == ".onnx":
-        if levels is not None:
-            raise ConfigError("--levels", levels, "nothing: an ONNX file is one level already")
-        source, threat, files = _of_onnx(network, data, root)
-    else:
-        source, threat, files = _of_network(load_network(network), levels, data, root)
     if family is not None and radius:
         raise ConfigError("--radius", True, "one of --radius and --family")
     radii = [0.0] if radius and epsilon is None else _radii(epsilon, threat)
@@ -139,7 +130,7 @@ def verify(
 
 
 def _record(
-    to: Path | None, files: _Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any,
+    to: Path | None, files: Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any,
     family: FamilyOptions | None,
 ) -> AbstractContextManager[Results | None]:  # fmt: skip
     """The file of results, for exactly these files, data and settings; None where none is wanted."""
@@ -157,38 +148,6 @@ def _record(
 
 def _relabelled(progress: Callable[[str, int, int], None], label: str, stage: str, done: int, total: int) -> None:
     progress(f"{label}: {stage}", done, total)
-
-
-_Files = Iterable[tuple[str, bytes]]
-"""Levels and their ONNX files."""
-
-
-def _of_onnx(path: Path, data: str | None, root: Path | None) -> tuple[DataConfig, ThreatConfig | None, _Files]:
-    _, _, metadata = read_onnx(path)
-    name = data or metadata.get("cactus_ray.data")
-    if name is None:
-        raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
-    return _data(name, root, None), None, [(metadata.get("cactus_ray.level", "as stored"), path.read_bytes())]
-
-
-def _of_network(
-    trained: Network, levels: str | None, data: str | None, root: Path | None
-) -> tuple[DataConfig, ThreatConfig | None, _Files]:
-    config = trained.config
-    name = data or (config.data.name if config else None)
-    if name is None:
-        raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
-    source = _data(name, root, config.data if config else None)
-    threat = config.threat if config else None
-    domain = threat.domain if threat else (0.0, 1.0)
-    chosen = parse_levels((levels or "dense").split(","), "--levels")
-    return source, threat, ((str(level), at_level(trained, str(level), source, domain).file) for level in chosen)
-
-
-def _data(name: str, root: Path | None, trained_on: DataConfig | None) -> DataConfig:
-    if trained_on is not None and trained_on.name == name:
-        return trained_on if root is None else replace(trained_on, root=str(root))
-    return parse(DataConfig, {"name": name} | ({"root": str(root)} if root is not None else {}), "--data")
 
 
 def _radii(text: str | None, threat: ThreatConfig | None) -> list[float]:

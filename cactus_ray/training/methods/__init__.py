@@ -15,6 +15,8 @@ from torch import Tensor
 from cactus_ray.training.methods.atmc import STAGES as ATMC_STAGES
 from cactus_ray.training.methods.atmc import atmc
 from cactus_ray.training.methods.awp import awp
+from cactus_ray.training.methods.c_sam import STAGES as C_SAM_STAGES
+from cactus_ray.training.methods.c_sam import c_sam
 from cactus_ray.training.methods.cactus import cactus
 from cactus_ray.training.methods.cc_ibp import cc_ibp
 from cactus_ray.training.methods.crown_ibp import crown_ibp
@@ -37,9 +39,11 @@ from cactus_ray.training.step import Step
 Method = Callable[[Step], Iterator[Tensor]]
 
 METHODS: dict[str, Method] = {
-    "cactus": cactus, "hydra": hydra, "nrsloss": nrsloss, "qa_ibp": qa_ibp, "awp": awp, "atmc": atmc,
+    "cactus": cactus, "hydra": hydra, "nrsloss": nrsloss, "qa_ibp": qa_ibp, "awp": awp, "atmc": atmc, "c_sam": c_sam,
     "ibp": ibp, "sabr": sabr, "mtl_ibp": mtl_ibp, "cc_ibp": cc_ibp, "exp_ibp": exp_ibp, "taps": taps, "staps": staps,
     "crown_ibp": crown_ibp, "pgd": pgd, "standard": standard,
 }  # fmt: skip
-STAGES: dict[str, tuple[Stage, ...]] = {"hydra": HYDRA_STAGES, "qa_ibp": QA_IBP_STAGES, "atmc": ATMC_STAGES}
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "hydra": HYDRA_STAGES, "qa_ibp": QA_IBP_STAGES, "atmc": ATMC_STAGES, "c_sam": C_SAM_STAGES,
+}  # fmt: skip
 """Stages by method, in the order and under the names of ``options.STAGE_SHARES``."""
