@@ -19,21 +19,28 @@ ITERATIONS, CHECK = 6000, 60
 """Most steps of one search, and after how many the iterates are judged and may restart."""
 
 
-def leaf_multipliers(region: Region) -> tuple[Tensor, Tensor]:
-    """Multipliers [B, U] (float64) that make the region's bounds largest, and inputs [B, *shape] that are near optimal.
+def leaf_multipliers(region: Region) -> tuple[Tensor, Rows, Tensor]:
+    """Multipliers [B, U] and rows (float64) that make the region's bounds largest, and inputs [B, *shape] near optimal.
 
     The objective and every split constraint are taken as linear forms over the input, exact where nothing is relaxed
-    any more. Deterministic.
+    any more. Outputs that may be mixed are constraints, too: that none of them is above 0, or nothing is left to prove.
+    Deterministic.
     """
     with torch.no_grad():
         relaxed = region.at(region.start(), torch.zeros_like(region.sign))
         center, radius = relaxed.box.center.flatten(1), relaxed.box.radius.flatten(1)
         objective, constant = _form(relaxed, region.rows)
         forms, offsets = _constraints(region, relaxed)
+        used = region.sign != 0
+        if region.mixable is not None:
+            count = region.mixable.shape[1]
+            outputs, constants = _form(relaxed, Rows(torch.eye(count).to(forms).expand(len(forms), -1, -1)))
+            forms, offsets = torch.cat([forms, outputs], 1), torch.cat([offsets, constants], 1)
+            used = torch.cat([used, region.mixable], 1)
         # in units of the box; rows of length 1, so that no constraint is stiffer than another
         matrix = forms * radius[:, None]
         length = matrix.flatten(2).norm(dim=2)
-        used = (region.sign != 0) & (length > 0)
+        used &= length > 0
         length = torch.where(used, length, 1.0)
         matrix = torch.where(used[:, :, None], matrix / length[:, :, None], 0.0)
         right = torch.where(used, (offsets + (forms @ center[:, :, None])[:, :, 0]) / length, 0.0)
@@ -44,7 +51,13 @@ def leaf_multipliers(region: Region) -> tuple[Tensor, Tensor]:
         start = start / size[:, 0]
         dual, primal = _solve(cost / size, matrix.nan_to_num(0.0), right.nan_to_num(0.0), start)
         points = (center + radius * primal).view_as(relaxed.box.center)
-    return dual * size / length, points
+        dual = dual * size / length
+    if region.mixable is None:
+        return dual, region.rows, points
+    splits = region.sign.shape[1]
+    weights = region.rows.coefficients[:, 0] + dual[:, splits:]
+    total = weights.sum(1, keepdim=True)
+    return dual[:, :splits] / total, Rows((weights / total)[:, None]), points
 
 
 def _form(relaxed: Relaxed, rows: Rows) -> tuple[Tensor, Tensor]:
