@@ -20,7 +20,9 @@ from cactus_ray.bounds.rows import Rows
 from cactus_ray.bounds.slopes import own_slopes, with_slopes
 from cactus_ray.bounds.splits import Network, Problems, Root
 
-__all__ = ["Forms", "MarginForms", "Margins", "Search", "alpha_forms", "alpha_margins", "form_problems", "tightened_boxes"]
+__all__ = [
+    "Forms", "MarginForms", "Margins", "Search", "alpha_forms", "alpha_margins", "form_problems", "tightened_boxes",
+]  # fmt: skip
 
 
 def tightened_boxes(
@@ -95,9 +97,9 @@ class MarginForms:
 
 @dataclass(frozen=True, slots=True)
 class Margins:
-    """What alpha-CROWN leaves behind: ``lower`` [N, R] of all forms, and for branching the root and slopes of open ones.
+    """What alpha-CROWN leaves behind: ``lower`` [N, R] of forms, and for branching the root and slopes of open rows.
 
-    Of margins, forms are classes. ``sample``, ``other`` [O]: samples and forms that were optimised last; ``index``,
+    Of margins, forms are classes. ``sample``, ``other`` [O]: the samples and forms that were optimised last; ``index``,
     ``alpha`` [O, U] their variables; without ``alpha`` those are CROWN's slopes.
     """
 

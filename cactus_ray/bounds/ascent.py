@@ -50,8 +50,9 @@ class Search:
 class Found:
     """Lower bounds [B] (float64, real arithmetic) and the slopes and multipliers [B, U] (float32) that give them.
 
-    ``rows``: the forms [B, 1, ...] that are bounded, float64. ``points`` [B, *input_shape] (float64): where in the box the bounding linear form is smallest. ``free`` [B, U]: the
-    ReLUs that can be split. ``coefficients`` [B, U]: what their outputs are multiplied by in the bounded form.
+    ``rows``: the forms [B, 1, ...] that are bounded. ``points`` [B, *input_shape] (float64): where in the box the
+    bounding linear form is smallest. ``free`` [B, U]: the ReLUs that can be split. ``coefficients`` [B, U]: what their
+    outputs are multiplied by in the bounded form.
     """
 
     lower: Tensor

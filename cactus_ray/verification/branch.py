@@ -159,8 +159,8 @@ class Branching:
         each = max(1, most // len(growing))
         taken: list[tuple[Tree, Node]] = []
         for tree in growing[:most]:
-            for _ in range(min(each, len(tree.open), max(1, (self.budget.nodes - tree.nodes) // 2))):
-                taken.append((tree, tree.worst()))
+            count = min(each, len(tree.open), max(1, (self.budget.nodes - tree.nodes) // 2))
+            taken += [(tree, tree.worst()) for _ in range(count)]
         for leaf, how in ((True, self._leaves), (False, self._split)):
             some = [(tree, node) for tree, node in taken if leaf is not bool(node.candidates)]
             if some and not self._fits(how, [tree for tree, _ in some], [node for _, node in some]):

@@ -49,7 +49,10 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer; for sat with its witness. ``reason``: what stood in the way of unknown. ``parts``: boxes and sub-problems bounded."""
+    """The answer; for sat with its witness.
+
+    ``reason``: what stood in the way of unknown. ``parts``: boxes and sub-problems that were bounded.
+    """
 
     result: Result
     witness: Witness | None

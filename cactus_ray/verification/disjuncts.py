@@ -29,6 +29,8 @@ from cactus_ray.verification.witness import ContradictionError, Replay, Witness,
 
 FORMS = "A y - b"
 """Name of the layer that gives the forms."""
+ALPHA_STEPS = 20
+"""Steps of the search for slopes; a sub-problem gets half."""
 ALPHA_SHARE = 0.5
 """Of the time that is left, what the search for slopes may take: branch and bound makes more of the rest."""
 
@@ -79,13 +81,13 @@ def prove(
         (floors - unsafe.bounds)[None],
         goals,
         effort=Effort(deadline=alpha_deadline),
-        how=Search(deadline=alpha_deadline),
+        how=Search(ALPHA_STEPS, deadline=alpha_deadline),
     )
     box = boxes[model.graph.nodes[0].name]
     goals.see(torch.cat([box.center, box.lower, box.upper]))
     goals.check(dict(enumerate(unsafe.worst(margins.lower)[0].tolist())))
     opened, disjuncts = goals.seeds(margins)
-    budget = Budget(nodes=2**62, seconds=torch.inf, deadline=deadline)
+    budget = Budget(nodes=2**62, seconds=torch.inf, iterations=-(-ALPHA_STEPS // 2), deadline=deadline)
     work = Branching(whole, goals, margins, budget, [Tree(0, 0.0)])
     work.run(opened, disjuncts)
     (tree,) = work.trees
@@ -158,6 +160,6 @@ class _Disjuncts:
             least = float(self.least[disjunct])
             if bound > least + 1e-9 * (1 + abs(least)) and bound < torch.inf:
                 raise ContradictionError(
-                    f"unsound bound: disjunct {disjunct} of the unsafe set is claimed to be missed by at least {bound!r},"
-                    f" but at a point of the box it is missed by {least!r}"
+                    f"unsound bound: disjunct {disjunct} of the unsafe set is claimed to be missed by {bound!r} at"
+                    f" least, but at a point of the box it is missed by {least!r}"
                 )
