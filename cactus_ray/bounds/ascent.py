@@ -22,8 +22,8 @@ from cactus_ray.bounds.splits import Problems, Region, Root
 
 BETA_RATE, BETA_DECAY = 0.1, 0.96
 """First step size of multipliers, and the factor of each further step."""
-MIX_RATE = 0.5
-"""First step of the weights of a mixture, which sum to 1; it falls as that of multipliers."""
+MIX_RATE = 1.1
+"""Steps of the weights of a mixture, in units of the length at which a linear bound would reach its target."""
 BOX_STEPS = 4
 """Steps of the slopes that bound nodes inside the network, by layers of ReLUs before them: more gain little."""
 PROBLEMS_AT_ONCE = 256
@@ -87,11 +87,12 @@ def search(region: Region, params: Params, alpha: Tensor, beta: Tensor, how: Sea
             if region.mixable is not None and step:  # else as they were given, in float64
                 best_rows[improved] = state.climb.rows.coefficients.detach()[better].double()
             # float32 and float64 differ in the last digits: what only just holds is improved further
-            left = ~(value > how.target + 1e-4 * (1.0 + abs(how.target)))
+            enough = how.target + 1e-4 * (1.0 + abs(how.target))
+            left = ~(value > enough)
             late = how.deadline is not None and time.perf_counter() >= how.deadline
             if step + 1 == how.iterations or late or not bool(left.any()):
                 break
-            state.ascend(bound, steps[step], how.beta_rate * BETA_DECAY**step)
+            state.ascend(bound, enough - value, steps[step], how.beta_rate * BETA_DECAY**step)
             if int(left.sum()) <= 0.75 * len(left):
                 active = active[left]
                 state.keep(left)
@@ -155,8 +156,11 @@ class _Ascent:
                 relu.multiplier = part.reshape(-1, 1, *shape)
         return self.climb.bound()[:, 0]
 
-    def ascend(self, bound: Tensor, alpha_rate: float, beta_rate: float) -> None:
-        """Slopes go by the signs of their gradients, multipliers, which have no scale, by Adam."""
+    def ascend(self, bound: Tensor, missing: Tensor, alpha_rate: float, beta_rate: float) -> None:
+        """Slopes go by the signs of their gradients, multipliers, which have no scale, by Adam.
+
+        Weights of a mixture go by Polyak's steps: ``missing`` [B] is what bounds lack (Polyak 1969).
+        """
         relus = self.climb.relus()
         variables = [relu.alpha for relu in relus.values() if relu.alpha is not None]
         variables += [self.climb.rows.coefficients] if self.mixable is not None else []
@@ -165,7 +169,7 @@ class _Ascent:
         )
         if self.mixable is not None:
             old = self.climb.rows.coefficients[:, 0]
-            new = mixed(old, gradients.pop()[:, 0], self.mixable, MIX_RATE * BETA_DECAY**self.steps)
+            new = mixed(old, gradients.pop()[:, 0], self.mixable, missing)
             self.climb.rows = self._movable(new[:, None])
         for relu, slope in zip(relus.values(), gradients, strict=True):
             relu.climb(slope, alpha_rate)
@@ -188,11 +192,15 @@ class _Ascent:
         self._share(directions)
 
 
-def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, rate: float) -> Tensor:
-    """Weights [B, K] after a step upward, then back to those >= 0 with the sum 1 that are 0 unless ``mixable``."""
+def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, missing: Tensor) -> Tensor:
+    """Weights [B, K] after a step upward, then back to those >= 0 with the sum 1 that are 0 unless ``mixable``.
+
+    ``missing`` [B]: by how much a bound that is linear in them would rise, times MIX_RATE.
+    """
     inside = gradient.masked_fill(~mixable, 0.0).nan_to_num(0.0)
-    spread = (inside.amax(1, keepdim=True) - inside.amin(1, keepdim=True)).clamp(min=1e-12)
-    moved = (weights.detach() + rate * inside / spread).masked_fill(~mixable, -torch.inf)
+    inside = (inside - inside.sum(1, keepdim=True) / mixable.sum(1, keepdim=True)) * mixable
+    length = MIX_RATE * missing.clamp(min=0.0).nan_to_num(0.0) / inside.square().sum(1).clamp(min=1e-12)
+    moved = (weights.detach() + length[:, None] * inside).masked_fill(~mixable, -torch.inf)
     falling = moved.sort(1, descending=True).values
     excess = falling.masked_fill(torch.isinf(falling), 0.0).cumsum(1) - 1
     count = torch.arange(1, moved.shape[1] + 1, device=moved.device)

@@ -207,8 +207,8 @@ def forms_of_the_wrong_sign(patch: pytest.MonkeyPatch) -> None:
 
 
 def weights_below_zero(patch: pytest.MonkeyPatch) -> None:
-    def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, rate: float) -> Tensor:
-        moved = torch.where(mixable, weights.detach() + 4 * rate * gradient / gradient.abs().amax(), 0.0)
+    def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, missing: Tensor) -> Tensor:
+        moved = torch.where(mixable, weights.detach() + gradient / gradient.abs().amax(), 0.0)
         return moved - torch.where(mixable, (moved.sum(1, keepdim=True) - 1) / mixable.sum(1, keepdim=True), 0.0)
 
     patch.setattr(ascent, "mixed", mixed)
@@ -285,5 +285,4 @@ def test_a_wrong_bound_of_a_sub_problem_is_contradicted(quick: pytest.MonkeyPatc
     quick.setattr(decide, "search", lambda *a, **k: None)
     bounds_too_high(quick)
     with pytest.raises(ContradictionError, match="disjunct"):
-        for number in range(1, CASES, 2):
-            answer(known(number))
+        [answer(known(number)) for number in range(1, CASES, 2)]
