@@ -183,9 +183,8 @@ class _Work:
         if found is not None or not open_:
             return found, ""
         assert self.latest is not None
-        boxes, floors = self.latest
         proof = disjuncts.prove(
-            self.model, unsafe, self.replay, boxes, floors[0], arithmetic=self.arithmetic, deadline=self.deadline
+            self.model, unsafe, self.replay, self.latest, arithmetic=self.arithmetic, deadline=self.deadline
         )
         self.parts += proof.nodes
         return proof.witness, proof.reason

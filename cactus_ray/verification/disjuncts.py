@@ -55,18 +55,18 @@ def prove(
     model: Model,
     unsafe: Unsafe,
     replay: Replay,
-    boxes: Mapping[str, Box],
-    floors: Tensor,
+    known: tuple[Mapping[str, Box], Tensor],
     *,
     arithmetic: str,
     deadline: float,
 ) -> Proof:
     """Whether no disjunct of the case is possible; deterministic unless the deadline strikes.
 
-    ``boxes``, ``floors`` [R]: of the case's whole box, bounds of the network's nodes and of the forms ``A y``. A proof
-    is a float64 bound with its rounding charged, and that of ``arithmetic``. Raises ContradictionError where a bound is
-    above what the network gives at a point that was tried.
+    ``known``: over the case's whole box, boxes of the network's nodes and bounds [1, R] of the forms ``A y``. A proof
+    is a float64 bound with its rounding charged, and that of ``arithmetic``; ``deadline``: of ``time.perf_counter``.
+    Raises ContradictionError where a bound is above what the network gives at a point that was tried.
     """
+    boxes, floors = known
     whole = with_forms(model, unsafe)
     rounding = Rounding.of(whole.graph, whole.double, arithmetic)
     network = Network(whole.graph, whole.double, whole.single, rounding)
@@ -78,7 +78,7 @@ def prove(
     margins = alpha_forms(
         network,
         {**boxes, last.name: out},
-        (floors - unsafe.bounds)[None],
+        floors - unsafe.bounds,
         goals,
         effort=Effort(deadline=alpha_deadline),
         how=Search(ALPHA_STEPS, deadline=alpha_deadline),
