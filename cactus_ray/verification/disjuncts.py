@@ -72,7 +72,7 @@ def prove(
     network = Network(whole.graph, whole.double, whole.single, rounding)
     last = model.graph.output
     out = rounding.step(last, whole.double, [boxes[name] for name in last.inputs])
-    goals = _Disjuncts(model, whole, unsafe, replay)
+    goals = _Disjuncts(model, unsafe, replay)
     now = time.perf_counter()
     alpha_deadline = now + ALPHA_SHARE * (deadline - now)
     margins = alpha_forms(
@@ -102,7 +102,6 @@ class _Disjuncts:
     """The disjuncts of one case as goals of branch and bound. ``least`` [D]: the smallest excess at a point tried."""
 
     model: Model
-    whole: Model
     unsafe: Unsafe
     replay: Replay
     least: Tensor = field(init=False)
@@ -149,16 +148,18 @@ class _Disjuncts:
         return descend(self.model, self.unsafe, points, goal, ATTACK_STEPS)
 
     def see(self, points: Tensor) -> None:
-        """Remember the excess of points [N, *input] of the box, float64."""
+        """Remember the excess of points [N, *input] of the box, float64, and a little more for its rounding."""
         with torch.no_grad():
-            worst = self.unsafe.worst(forward(self.whole.graph, self.whole.double, points))
+            outputs = forward(self.model.graph, self.model.double, points)
+        slack = 1e-9 * (1 + (outputs.abs() @ self.unsafe.rows.T.abs()).amax(1, keepdim=True))
+        worst = self.unsafe.worst(self.unsafe.excess(outputs)) + slack
         self.least = torch.minimum(self.least, worst.amin(0))  # a NaN stays, and contradicts nothing
 
     def check(self, bounds: Mapping[int, float]) -> None:
         """Raises ContradictionError where a disjunct's bound is above its excess at a point that was seen."""
         for disjunct, bound in bounds.items():
             least = float(self.least[disjunct])
-            if bound > least + 1e-9 * (1 + abs(least)) and bound < torch.inf:
+            if least < bound < torch.inf:
                 raise ContradictionError(
                     f"unsound bound: disjunct {disjunct} of the unsafe set is claimed to be missed by {bound!r} at"
                     f" least, but at a point of the box it is missed by {least!r}"
