@@ -1,7 +1,6 @@
 """``cactus-ray verify MODEL.onnx --vnnlib SPEC``: the file of the result, its witness, exit statuses."""
 
 import gzip
-import itertools
 import json
 import re
 from pathlib import Path
@@ -10,23 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from cactus_ray import cli
-from cactus_ray.bounds import interval, linear
-from cactus_ray.bounds.graph import forward
-from cactus_ray.bounds.trace import trace
-from cactus_ray.compression.levels import parse_level
-from cactus_ray.compression.materialize import materialize
-from cactus_ray.data import load_split
+from cactus_ray.bounds import linear
 from cactus_ray.interchange import run as runtime
-from cactus_ray.interchange.write import FileInfo, onnx_bytes
 
 IMAGE = (1, 4, 4, 2)
-STEPS, TRAINED, RADII, LOOKED_AT = 150, 0.02, (0.03, 0.045, 0.06), 4
-"""Steps of training and its radius; radii of the specifications, and images."""
 
 
 @pytest.fixture(scope="module")
@@ -103,58 +92,6 @@ def test_sat_has_a_witness_that_replays(model: Path, tmp_path: Path, capsys: pyt
     assert outputs(model, x) == y
     assert max(v for j, v in enumerate(y) if j != label) >= y[label]
     assert all(abs(a - b) <= 1.5 + 1e-6 for a, b in zip(x, image, strict=True))
-
-
-@pytest.fixture(scope="module")
-def digits(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A network trained on MNIST for about two seconds, as a file, and images that it has not seen."""
-    images, labels = load_split("mnist", "selection", str(test_data))
-    module = nn.Sequential(
-        nn.Conv2d(1, 6, 5, stride=4, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(294, 24),
-        nn.ReLU(),
-        nn.Linear(24, 10),
-    )
-    graph, params = trace(module, (1, 28, 28))
-    generator = torch.Generator().manual_seed(0)
-    params = {k: torch.randn(v.shape, generator=generator) / max(1, v[0].numel()) ** 0.5 for k, v in params.items()}
-    optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in params.values()], lr=0.005)
-    for step in range(STEPS):
-        chosen = torch.randint(4000, (64,), generator=generator)
-        x, y = images[chosen], labels[chosen]
-        lower = interval.margins(graph, params, interval.ball(x, TRAINED * step / STEPS, (0.0, 1.0)), y)
-        loss = F.cross_entropy(forward(graph, params, x), y) + 0.3 * F.cross_entropy(-lower, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    made = materialize(graph, {k: v.detach() for k, v in params.items()}, parse_level("dense"))
-    path = tmp_path_factory.mktemp("digits") / "digits.onnx"
-    path.write_bytes(onnx_bytes(made, FileInfo("mnist", tuple("0123456789"), (0.0, 1.0))))
-    return path, images[4000:], labels[4000:]
-
-
-def test_an_image_that_bounds_leave_open_is_decided_by_splitting(
-    digits: tuple[Path, torch.Tensor, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, images, labels = digits
-    path, found = tmp_path / "digit.vnnlib", []
-    chosen = zip(images[:LOOKED_AT].flatten(1).tolist(), labels.tolist(), strict=False)
-    for (image, label), radius in itertools.product(chosen, RADII):
-        names = [f"X_{i}" for i in range(784)] + [f"Y_{j}" for j in range(10)]
-        lines = [f"(declare-const {name} Real)" for name in names]
-        for i, value in enumerate(image):
-            low, high = max(0.0, value - radius), min(1.0, value + radius)
-            lines.append(f"(assert (>= X_{i} {low:.8f}))(assert (<= X_{i} {high:.8f}))")
-        others = " ".join(f"(and (>= Y_{j} Y_{label}))" for j in range(10) if j != label)
-        path.write_text("\n".join([*lines, f"(assert (or {others}))"]))
-        assert cli.run(["verify", str(model), "--vnnlib", str(path), "--timeout", "60", "--json"]) == 0
-        row = json.loads(capsys.readouterr().out)
-        found.append((row["result"], row["parts"] > 3))  # the whole box, what was left open of it, and halves
-    assert {result for result, _ in found} <= {"sat", "unsat"}
-    assert ("unsat", True) in found
-    assert ("unsat", False) in found
 
 
 def test_timeout_unknown_and_json(

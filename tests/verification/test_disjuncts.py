@@ -283,6 +283,7 @@ def test_planted_faults_are_found(fault: Callable[[pytest.MonkeyPatch], None], q
 def test_a_wrong_bound_of_a_sub_problem_is_contradicted(quick: pytest.MonkeyPatch) -> None:
     quick.setattr(disjuncts, "confirmed", lambda *a: None)
     quick.setattr(decide, "search", lambda *a, **k: None)
+    limited(quick)
     bounds_too_high(quick)
     with pytest.raises(ContradictionError, match="disjunct"):
         [answer(known(number)) for number in range(1, CASES, 2)]
