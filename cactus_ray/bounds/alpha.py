@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from cactus_ray.bounds.rows import Rows
 from cactus_ray.bounds.slopes import own_slopes, with_slopes
 from cactus_ray.bounds.splits import Network, Problems, Root
 
-__all__ = ["Margins", "Search", "alpha_margins", "margin_problems", "tightened_boxes"]
+__all__ = [
+    "Forms", "MarginForms", "Margins", "Search", "alpha_forms", "alpha_margins", "form_problems", "tightened_boxes",
+]  # fmt: skip
 
 
 def tightened_boxes(
@@ -64,12 +67,40 @@ def _intersection(box: Box, other: Box) -> Box:
     return Box.between(torch.where(empty, box.lower, lower), torch.where(empty, box.upper, upper))
 
 
+class Forms(Protocol):
+    """R linear forms over the outputs of every sample, of which lower bounds above a number are wanted."""
+
+    def rows(self, sample: Tensor, form: Tensor) -> Tensor:
+        """Coefficients [B, K], float64, of forms [B] of samples [B]."""
+
+    def open(self, lower: Tensor, target: float) -> Tensor:
+        """Which forms [N, R] are worth raising where all have the given lower bounds."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarginForms:
+    """Margins ``logit[label] - logit[j]`` of samples with labels [N], by class j."""
+
+    labels: Tensor
+    classes: int
+
+    def rows(self, sample: Tensor, form: Tensor) -> Tensor:
+        """As of ``Forms``."""
+        rows = torch.zeros(len(sample), self.classes, dtype=torch.float64, device=sample.device)
+        rows.scatter_(1, self.labels[sample, None], 1.0)
+        return rows.scatter_add_(1, form[:, None], rows.new_full((len(sample), 1), -1.0))
+
+    def open(self, lower: Tensor, target: float) -> Tensor:
+        """Those of other classes that are not above the target; NaN is not."""
+        return (~(lower > target)).scatter(1, self.labels[:, None], False)
+
+
 @dataclass(frozen=True, slots=True)
 class Margins:
-    """What alpha-CROWN leaves behind: ``lower`` [N, classes], and for branching the root and slopes of open rows.
+    """What alpha-CROWN leaves behind: ``lower`` [N, R] of forms, and for branching the root and slopes of open rows.
 
-    ``sample``, ``other`` [R]: the rows that were optimised last; ``index``, ``alpha`` [R, U] their variables; without
-    ``alpha`` those are CROWN's slopes.
+    Of margins, forms are classes. ``sample``, ``other`` [O]: the samples and forms that were optimised last; ``index``,
+    ``alpha`` [O, U] their variables; without ``alpha`` those are CROWN's slopes.
     """
 
     lower: Tensor
@@ -120,35 +151,47 @@ def alpha_margins(
         known = interval.margins(graph, params, box, labels, rounding=rounding)
     with torch.no_grad():
         boxes = linear.intermediate_boxes(graph, params, box, effort, rounding)
-        root = Root.on(network, boxes, graph.output.name)
-    wanted = (~(known > 0)).scatter(1, labels[:, None], False)
-    sample, other = wanted.nonzero(as_tuple=True)
-    index = root.unstable()[sample]
-    found = _optimised(Margins(known, root, sample, other, index, None), labels, how)
-    rows = (~(found.lower[sample, other] > how.target)).nonzero()[:, 0]
+    return alpha_forms(network, boxes, known, MarginForms(labels, known.shape[1]), effort=effort, how=how)
+
+
+def alpha_forms(
+    network: Network, boxes: Mapping[str, Box], known: Tensor, forms: Forms, *, effort: Effort, how: Search
+) -> Margins:
+    """Lower bounds [N, R] of forms, not below ``known``: slopes optimised over ``boxes``, then over tightened ones.
+
+    ``boxes``: of ``linear.intermediate_boxes``, with the network's rounding, for which ``known`` holds, too. Forms that
+    ``known`` leaves open at 0 are bounded, tightened boxes only for samples with one open at ``how.target``.
+    """
+    last = network.graph.output.name
+    with torch.no_grad():
+        root = Root.on(network, boxes, last)
+    sample, other = forms.open(known, 0.0).nonzero(as_tuple=True)
+    found = _optimised(Margins(known, root, sample, other, root.unstable()[sample], None), forms, how)
+    rows = forms.open(found.lower, how.target)[sample, other].nonzero()[:, 0]
     late = how.deadline is not None and time.perf_counter() >= how.deadline
     if len(rows) == 0 or late or how.box_steps == 0:
         return found
     left = torch.unique(sample[rows])
     with torch.no_grad():
+        whole = dict(boxes)
         loose = {name: Box(b.center[left], b.radius[left]) for name, b in boxes.items()}
         for name, tight in tightened_boxes(network, loose, how.box_steps, effort).items():
-            box = boxes[name]
-            boxes[name] = Box(
+            box = whole[name]
+            whole[name] = Box(
                 box.center.index_copy(0, left, tight.center), box.radius.index_copy(0, left, tight.radius)
             )
-        root = Root.on(network, boxes, graph.output.name)
+        root = Root.on(network, whole, last)
     index = root.unstable()[sample[rows]]
     alpha = found.slopes(rows).gather(1, index)
-    return _optimised(Margins(found.lower, root, sample[rows], other[rows], index, alpha), labels, how)
+    return _optimised(Margins(found.lower, root, sample[rows], other[rows], index, alpha), forms, how)
 
 
-def _optimised(start: Margins, labels: Tensor, how: Search) -> Margins:
+def _optimised(start: Margins, forms: Forms, how: Search) -> Margins:
     """Margins whose rows are optimised from where they are."""
     root, lower, alpha = start.root, start.lower.clone(), start.index.new_zeros(start.index.shape, dtype=torch.float32)
     for part in parts(len(start.sample), batch_of(root), alpha.device):
         sample, other = start.sample[part], start.other[part]
-        some = margin_problems(root, sample, labels[sample], other, lower.shape[1], start.index[part])
+        some = form_problems(forms, sample, other, start.index[part])
         found = optimise(root, some, None if start.alpha is None else start.alpha[part], None, how)
         alpha[part] = found.alpha
         old = lower[sample, other]
@@ -157,9 +200,6 @@ def _optimised(start: Margins, labels: Tensor, how: Search) -> Margins:
     return replace(start, lower=lower, alpha=alpha)
 
 
-def margin_problems(root: Root, sample: Tensor, labels: Tensor, other: Tensor, classes: int, index: Tensor) -> Problems:
-    """Problems without splits: the margin ``logit[label] - logit[other]`` of each sample; all [B], index [B, U]."""
-    rows = root.low.new_zeros(len(sample), classes)
-    rows.scatter_(1, labels[:, None], 1.0)
-    rows.scatter_add_(1, other[:, None], rows.new_full((len(sample), 1), -1.0))
-    return Problems(sample, Rows(rows[:, None]), index, torch.zeros_like(index, dtype=torch.int8))
+def form_problems(forms: Forms, sample: Tensor, form: Tensor, index: Tensor) -> Problems:
+    """Problems without splits: forms [B] of samples [B] with variables ``index`` [B, U]."""
+    return Problems(sample, Rows(forms.rows(sample, form)[:, None]), index, torch.zeros_like(index, dtype=torch.int8))

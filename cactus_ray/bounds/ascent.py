@@ -22,6 +22,8 @@ from cactus_ray.bounds.splits import Problems, Region, Root
 
 BETA_RATE, BETA_DECAY = 0.1, 0.96
 """First step size of multipliers, and the factor of each further step."""
+MIX_RATE = 1.1
+"""Steps of the weights of a mixture, in units of the length at which a linear bound would reach its target."""
 BOX_STEPS = 4
 """Steps of the slopes that bound nodes inside the network, by layers of ReLUs before them: more gain little."""
 PROBLEMS_AT_ONCE = 256
@@ -48,26 +50,30 @@ class Search:
 class Found:
     """Lower bounds [B] (float64, real arithmetic) and the slopes and multipliers [B, U] (float32) that give them.
 
-    ``points`` [B, *input_shape] (float64): where in the box the bounding linear form is smallest. ``free`` [B, U]: the
-    ReLUs that can be split. ``coefficients`` [B, U]: what their outputs are multiplied by in the bounded form.
+    ``rows``: the forms [B, 1, ...] that are bounded. ``points`` [B, *input_shape] (float64): where in the box the
+    bounding linear form is smallest. ``free`` [B, U]: the ReLUs that can be split. ``coefficients`` [B, U]: what their
+    outputs are multiplied by in the bounded form.
     """
 
     lower: Tensor
     alpha: Tensor
     beta: Tensor
+    rows: Rows
     points: Tensor
     free: Tensor
     coefficients: Tensor
 
 
-def search(region: Region, params: Params, alpha: Tensor, beta: Tensor, how: Search) -> tuple[Tensor, Tensor]:
+def search(region: Region, params: Params, alpha: Tensor, beta: Tensor, how: Search) -> tuple[Tensor, Tensor, Rows]:
     """The best slopes and multipliers [B, U] float32 that are found from the given ones; deterministic.
 
-    ``region`` is of float64, ``params`` the network's tensors of float32.
+    ``region`` is of float64, ``params`` the network's tensors of float32. The rows, float64, are the region's, or where
+    those may be mixed the best mixtures that are found: weights >= 0 with the sum 1.
     """
     with torch.enable_grad():
         state = _Ascent(region, params, alpha, beta)
         best_slopes, best_beta = state.slopes.clone(), state.beta.detach().clone()
+        best_rows = region.rows.coefficients.clone()
         best = torch.full_like(best_slopes[:, 0], -torch.inf)
         active = torch.arange(len(best), device=best.device)
         steps = rates(how.iterations, how.alpha_rate)
@@ -78,18 +84,23 @@ def search(region: Region, params: Params, alpha: Tensor, beta: Tensor, how: Sea
             improved = active[better]
             best[improved] = value[better]
             best_slopes[improved], best_beta[improved] = state.slopes[better], state.beta.detach()[better]
+            if region.mixable is not None and step:  # else as they were given, in float64
+                best_rows[improved] = state.climb.rows.coefficients.detach()[better].double()
             # float32 and float64 differ in the last digits: what only just holds is improved further
-            left = ~(value > how.target + 1e-4 * (1.0 + abs(how.target)))
+            enough = how.target + 1e-4 * (1.0 + abs(how.target))
+            left = ~(value > enough)
             late = how.deadline is not None and time.perf_counter() >= how.deadline
             if step + 1 == how.iterations or late or not bool(left.any()):
                 break
-            state.ascend(bound, steps[step], how.beta_rate * BETA_DECAY**step)
+            state.ascend(bound, enough - value, steps[step], how.beta_rate * BETA_DECAY**step)
             if int(left.sum()) <= 0.75 * len(left):
                 active = active[left]
                 state.keep(left)
     beta = torch.zeros_like(beta)
     beta[:, state.columns] = best_beta
-    return best_slopes.gather(1, region.index), beta
+    if region.mixable is None:
+        return best_slopes.gather(1, region.index), beta, region.rows
+    return best_slopes.gather(1, region.index), beta, Rows(best_rows / best_rows.sum(2, keepdim=True))
 
 
 class _Ascent:
@@ -116,8 +127,13 @@ class _Ascent:
             start, loose = (flat[:, first:end].view(-1, *shape) for flat in (self.slopes, free))
             relus[node.name] = FreeRelu(start, upper, intercept, loose, low)
         base = replace(single.base, relaxations={**single.base.relaxations, **relus})
-        self.climb = Climb(base, single.rows)
+        self.mixable = region.mixable
+        self.climb = Climb(base, self._movable(single.rows.coefficients))
         self._share({})
+
+    def _movable(self, coefficients: Tensor) -> Rows:
+        """Forms in the search: variables, if they may be mixed."""
+        return Rows(coefficients.detach().requires_grad_(self.mixable is not None))
 
     def _share(self, directions: Mapping[str, Tensor]) -> None:
         """Let the relaxations read and move this object's slopes."""
@@ -140,13 +156,21 @@ class _Ascent:
                 relu.multiplier = part.reshape(-1, 1, *shape)
         return self.climb.bound()[:, 0]
 
-    def ascend(self, bound: Tensor, alpha_rate: float, beta_rate: float) -> None:
-        """Slopes go by the signs of their gradients, multipliers, which have no scale, by Adam."""
+    def ascend(self, bound: Tensor, missing: Tensor, alpha_rate: float, beta_rate: float) -> None:
+        """Slopes go by the signs of their gradients, multipliers, which have no scale, by Adam.
+
+        Weights of a mixture go by Polyak's steps: ``missing`` [B] is what bounds lack (Polyak 1969).
+        """
         relus = self.climb.relus()
         variables = [relu.alpha for relu in relus.values() if relu.alpha is not None]
+        variables += [self.climb.rows.coefficients] if self.mixable is not None else []
         *gradients, gradient = torch.autograd.grad(
             bound.sum(), [*variables, self.beta], allow_unused=True, materialize_grads=True
         )
+        if self.mixable is not None:
+            old = self.climb.rows.coefficients[:, 0]
+            new = mixed(old, gradients.pop()[:, 0], self.mixable, missing)
+            self.climb.rows = self._movable(new[:, None])
         for relu, slope in zip(relus.values(), gradients, strict=True):
             relu.climb(slope, alpha_rate)
         self.steps += 1
@@ -159,12 +183,29 @@ class _Ascent:
     def keep(self, which: Tensor) -> None:
         """Go on with some of the problems."""
         directions = {n: r.direction[which] for n, r in self.climb.relus().items() if r.direction is not None}
-        rows = Rows(self.climb.rows.coefficients[which])
+        self.mixable = None if self.mixable is None else self.mixable[which]
+        rows = self._movable(self.climb.rows.coefficients[which])
         self.slopes, self.places, self.sign = self.slopes[which], self.places[which], self.sign[which]
         self.beta = self.beta.detach()[which].requires_grad_()
         self.moments = [m[which] for m in self.moments]
         self.climb = Climb(self.climb.relaxed.select(which), rows)
         self._share(directions)
+
+
+def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, missing: Tensor) -> Tensor:
+    """Weights [B, K] after a step upward, then back to those >= 0 with the sum 1 that are 0 unless ``mixable``.
+
+    ``missing`` [B]: by how much a bound that is linear in them would rise, times MIX_RATE.
+    """
+    inside = gradient.masked_fill(~mixable, 0.0).nan_to_num(0.0)
+    inside = (inside - inside.sum(1, keepdim=True) / mixable.sum(1, keepdim=True)) * mixable
+    length = MIX_RATE * missing.clamp(min=0.0).nan_to_num(0.0) / inside.square().sum(1).clamp(min=1e-12)
+    moved = (weights.detach() + length[:, None] * inside).masked_fill(~mixable, -torch.inf)
+    falling = moved.sort(1, descending=True).values
+    excess = falling.masked_fill(torch.isinf(falling), 0.0).cumsum(1) - 1
+    count = torch.arange(1, moved.shape[1] + 1, device=moved.device)
+    used = (falling * count > excess).sum(1, keepdim=True).clamp(min=1)
+    return (moved - excess.gather(1, used - 1) / used).clamp(min=0.0)
 
 
 def optimise(root: Root, problems: Problems, alpha: Tensor | None, beta: Tensor | None, how: Search) -> Found:
@@ -173,7 +214,8 @@ def optimise(root: Root, problems: Problems, alpha: Tensor | None, beta: Tensor 
     alpha = region.start().float() if alpha is None else alpha
     beta = torch.zeros_like(alpha) if beta is None else beta
     if problems.index.shape[1]:
-        alpha, beta = search(region, root.single, alpha, beta, how)
+        alpha, beta, rows = search(region, root.single, alpha, beta, how)
+        region = replace(region, rows=rows)
     return decide(region, alpha, beta)
 
 
@@ -190,7 +232,7 @@ def decide(region: Region, alpha: Tensor, beta: Tensor) -> Found:
         for name, coefficients in seen:
             first, end = region.neurons.span(name)
             flat[:, first:end] = coefficients[:, 0].flatten(1)
-    return Found(lower[:, 0], alpha, beta, points, region.free, flat.gather(1, region.index))
+    return Found(lower[:, 0], alpha, beta, region.rows, points, region.free, flat.gather(1, region.index))
 
 
 def parts(count: int, size: int, device: torch.device) -> tuple[Tensor, ...]:

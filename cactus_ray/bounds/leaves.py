@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cactus_ray.bounds.linear import Relaxed
@@ -19,32 +20,61 @@ ITERATIONS, CHECK = 6000, 60
 """Most steps of one search, and after how many the iterates are judged and may restart."""
 
 
-def leaf_multipliers(region: Region) -> tuple[Tensor, Tensor]:
-    """Multipliers [B, U] (float64) that make the region's bounds largest, and inputs [B, *shape] that are near optimal.
+def leaf_multipliers(region: Region) -> tuple[Tensor, Rows, Tensor]:
+    """Multipliers [B, U] and rows (float64) that make the region's bounds largest, and inputs [B, *shape] near optimal.
 
     The objective and every split constraint are taken as linear forms over the input, exact where nothing is relaxed
-    any more. Deterministic.
+    any more. The rows are the region's; where outputs may be mixed, they are the mixture whose bound is largest, and
+    the inputs those at which the largest of these outputs is smallest. Deterministic.
     """
     with torch.no_grad():
         relaxed = region.at(region.start(), torch.zeros_like(region.sign))
         center, radius = relaxed.box.center.flatten(1), relaxed.box.radius.flatten(1)
-        objective, constant = _form(relaxed, region.rows)
-        forms, offsets = _constraints(region, relaxed)
-        # in units of the box; rows of length 1, so that no constraint is stiffer than another
-        matrix = forms * radius[:, None]
+        inputs, splits = radius.shape[1], region.sign.shape[1]
+        forms, right = _constraints(region, relaxed)
+        # in units of the box
+        matrix, right, used = forms * radius[:, None], right + (forms @ center[:, :, None])[:, :, 0], region.sign != 0
+        if region.mixable is None:
+            objective, constant = _form(relaxed, region.rows)
+            cost = objective[:, 0] * radius
+            start = constant[:, 0] + (objective[:, 0] * center).sum(1)
+        else:
+            outputs, values = _outputs(region, relaxed)
+            # one variable more, above all of them: its range holds theirs
+            level = ((outputs.abs().sum(2) + values.abs()) * region.mixable).amax(1)[:, None]
+            matrix = torch.cat([F.pad(matrix, (0, 1)), torch.cat([outputs, -level.expand_as(values)[..., None]], 2)], 1)
+            right, used = torch.cat([right, values], 1), torch.cat([used, region.mixable], 1)
+            cost, start = F.pad(level, (inputs, 0)), torch.zeros_like(level[:, 0])
+        # rows of length 1, so that no constraint is stiffer than another
         length = matrix.flatten(2).norm(dim=2)
-        used = (region.sign != 0) & (length > 0)
+        used &= length > 0
         length = torch.where(used, length, 1.0)
         matrix = torch.where(used[:, :, None], matrix / length[:, :, None], 0.0)
-        right = torch.where(used, (offsets + (forms @ center[:, :, None])[:, :, 0]) / length, 0.0)
-        cost = (objective[:, 0] * radius).nan_to_num(0.0)
-        start = constant[:, 0] + (objective[:, 0] * center).sum(1)
+        right = torch.where(used, right / length, 0.0)
+        cost = cost.nan_to_num(0.0)
         # of the objective as a whole: it may be constant where every ReLU is off
         size = (cost.norm(dim=1) + start.nan_to_num(0.0).abs()).clamp(min=1e-30)[:, None]
         start = start / size[:, 0]
         dual, primal = _solve(cost / size, matrix.nan_to_num(0.0), right.nan_to_num(0.0), start)
-        points = (center + radius * primal).view_as(relaxed.box.center)
-    return dual * size / length, points
+        points = (center + radius * primal[:, :inputs]).view_as(relaxed.box.center)
+        dual = dual * size / length
+        if region.mixable is None:
+            return dual, region.rows, points
+        weights = dual[:, splits:]
+        total = weights.sum(1, keepdim=True)
+        # without any weight the bound would be 0: as before
+        found = (total > 0)[:, :, None]
+        rows = torch.where(found, (weights / total)[:, None], region.rows.coefficients)
+        return torch.where(found[:, 0], dual[:, :splits] / total, 0.0), Rows(rows), points
+
+
+def _outputs(region: Region, relaxed: Relaxed) -> tuple[Tensor, Tensor]:
+    """The outputs as forms over the box: coefficients [B, K, inputs] per radius, values [B, K] in its middle."""
+    center, radius = relaxed.box.center.flatten(1), relaxed.box.radius.flatten(1)
+    assert region.mixable is not None
+    one = torch.eye(region.mixable.shape[1], dtype=center.dtype, device=center.device)
+    forms, constants = _form(relaxed, Rows(one.expand(len(center), -1, -1)))
+    return forms * radius[:, None], constants + (forms @ center[:, :, None])[:, :, 0]
 
 
 def _form(relaxed: Relaxed, rows: Rows) -> tuple[Tensor, Tensor]:

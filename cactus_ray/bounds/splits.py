@@ -152,13 +152,15 @@ class Problems:
 
     ``sample`` [B] int64: which of the root's samples. ``rows``: one form each [B, 1, ...], float64. ``index`` [B, U]:
     flat positions of the ReLUs that have variables, padded with F. ``sign`` [B, U] int8: 1 where the ReLU's input is
-    >= 0, -1 where it is <= 0, 0 where it is not split.
+    >= 0, -1 where it is <= 0, 0 where it is not split. ``mixable`` [B, K]: outputs that the rows may weigh anew, by
+    numbers >= 0, where a bound of any such form will do; None: the rows are what is asked.
     """
 
     sample: Tensor
     rows: Rows
     index: Tensor
     sign: Tensor
+    mixable: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -167,7 +169,8 @@ class Problems:
         """Some of them."""
         origin = None if self.rows.origin is None else self.rows.origin[which]
         rows = Rows(self.rows.coefficients[which], origin)
-        return Problems(self.sample[which], rows, self.index[which], self.sign[which])
+        mixable = None if self.mixable is None else self.mixable[which]
+        return Problems(self.sample[which], rows, self.index[which], self.sign[which], mixable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,7 @@ class Region:
     slopes: Tensor
     upper: tuple[tuple[Tensor, Tensor], ...]
     reach: Tensor
+    mixable: Tensor | None
 
     @staticmethod
     def of(root: Root, problems: Problems) -> Region:
@@ -210,6 +214,7 @@ class Region:
             torch.cat([*(r.lower_slope.flatten(1) for r in found), low.new_zeros(len(low), 1)], 1),
             tuple((r.upper_slope, r.intercept) for r in found),
             torch.maximum(at_low.abs(), at_high.abs()),
+            problems.mixable,
         )
 
     def single(self, params: Params) -> Region:
@@ -224,6 +229,7 @@ class Region:
             self.slopes.float(),
             tuple((slope.float(), intercept.float()) for slope, intercept in self.upper),
             self.reach.float(),
+            self.mixable,
         )
 
     def select(self, which: Tensor) -> Region:
@@ -239,6 +245,7 @@ class Region:
             self.slopes[which],
             tuple((slope[which], intercept[which]) for slope, intercept in self.upper),
             self.reach[which],
+            None if self.mixable is None else self.mixable[which],
         )
 
     def start(self) -> Tensor:

@@ -15,8 +15,9 @@ from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange import run as runtime
 from cactus_ray.interchange.read import OnnxNetwork, read_network
-from cactus_ray.verification.decide import Answer, ContradictionError, decide
+from cactus_ray.verification.decide import Answer, decide
 from cactus_ray.verification.vnnlib import read_vnnlib
+from cactus_ray.verification.witness import ContradictionError
 
 PARITY_TOLERANCE = 1e-3
 """As for deployed files: largest difference of an output between onnxruntime and our reading, relative to the largest

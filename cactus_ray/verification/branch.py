@@ -7,36 +7,29 @@ that of a linear program.
 
 from __future__ import annotations
 
-import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from cactus_ray.bounds.alpha import Margins, margin_problems
+from cactus_ray.bounds.alpha import Forms, MarginForms, Margins
 from cactus_ray.bounds.ascent import Found, Search, batch_of, decide, optimise
 from cactus_ray.bounds.graph import forward
 from cactus_ray.bounds.leaves import leaf_multipliers
+from cactus_ray.bounds.rows import Rows
 from cactus_ray.bounds.splits import Problems, Region, Root
 from cactus_ray.verification.attack import descend
 from cactus_ray.verification.branching import candidates, picks, split
-from cactus_ray.verification.soundness import Batch, Model, margins_at, replays
+from cactus_ray.verification.soundness import Batch, Model, is_out_of_memory, margins_at, replays
+from cactus_ray.verification.tree import DEFAULT_SECONDS, Budget, Node, Tree
+
+__all__ = ["DEFAULT_SECONDS", "Branching", "Budget", "Goals", "Outcome", "branch", "inherited"]
 
 ATTACK_STEPS = 10
 """Gradient steps from the worst minimiser of every sample, after every round."""
-DEFAULT_SECONDS = 10.0
-"""Seconds per sample where the settings give no limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Limits per sample: sub-problems that are bounded, seconds of its share of the work; iterations of each search."""
-
-    nodes: int = 10_000
-    seconds: float = DEFAULT_SECONDS
-    iterations: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,51 +48,45 @@ class Outcome:
     nodes: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Node:
-    """One open sub-problem; ordered by its bound, then by age."""
+class Goals(Forms, Protocol):
+    """What is to be proved of every sample: each goal holds where at every input one of its forms is above 0."""
 
-    lower: float
-    order: int
-    other: int = field(compare=False)
-    sign: Tensor = field(compare=False)
-    alpha: Tensor = field(compare=False)
-    beta: Tensor = field(compare=False)
-    candidates: tuple[int, ...] = field(compare=False)
+    def members(self, goal: Tensor) -> Tensor | None:
+        """The outputs [B, K] that are forms of goals [B] themselves, to be mixed; None: each goal has one form."""
+
+    def clip(self, sample: Tensor, points: Tensor) -> Tensor:
+        """The admissible float32 inputs that are nearest to points [B, *input] of samples [B]."""
+
+    def fallen(self, sample: Tensor, points: Tensor) -> Iterator[int]:
+        """Which of the admissible points are counterexamples that replay."""
+
+    def descend(self, sample: Tensor, goal: Tensor, points: Tensor) -> Tensor:
+        """Points nearer to counterexamples of goals [B], by ``ATTACK_STEPS`` gradient steps."""
 
 
-@dataclass(slots=True)
-class _Tree:
-    """One sample's sub-problems. ``settled``: by class, the smallest bound of those that are not split further."""
+@dataclass(frozen=True, slots=True)
+class _MarginGoals(MarginForms):
+    """Every margin of a batch's samples is a goal with one form: itself."""
 
-    sample: int
-    label: int
-    seconds: float
-    open: list[_Node] = field(default_factory=list)
-    settled: dict[int, float] = field(default_factory=dict)
-    stuck: bool = False
-    point: Tensor | None = None
-    nodes: int = 0
-    created: int = 0
+    model: Model
+    batch: Batch
 
-    def settle(self, other: int, lower: float) -> None:
-        # a NaN must stay, or a class without a bound would seem proved
-        old = self.settled.get(other, torch.inf)
-        self.settled[other] = old if old <= lower else lower
+    def members(self, goal: Tensor) -> Tensor | None:
+        return None
 
-    def reason(self, budget: Budget) -> str:
-        """Why the tree does not grow any more; empty while it does, and where it is decided."""
-        if self.point is not None:
-            return ""
-        if not self.open:
-            return "bounds" if self.stuck else ""
-        if self.seconds >= budget.seconds:
-            return "time"
-        return "nodes" if self.nodes >= budget.nodes else ""
+    def clip(self, sample: Tensor, points: Tensor) -> Tensor:
+        return self.batch.select(sample.tolist()).clip(points.float())
 
-    def growing(self, budget: Budget) -> bool:
-        # also where a leaf could not be proved: what is left may hold a counterexample
-        return bool(self.open) and self.point is None and not self.reason(budget)
+    def fallen(self, sample: Tensor, points: Tensor) -> Iterator[int]:
+        part = self.batch.select(sample.tolist())
+        with torch.no_grad():
+            single = margins_at(forward(self.model.graph, self.model.single, points), part.labels).amin(1)
+        for i in (single < 0).nonzero()[:, 0].tolist():
+            if bool(replays(self.model, part.select([i]), points[i, None])[0]):
+                yield i
+
+    def descend(self, sample: Tensor, goal: Tensor, points: Tensor) -> Tensor:
+        return descend(self.model, self.batch.select(sample.tolist()), points, goal, ATTACK_STEPS)[0]
 
 
 def branch(model: Model, batch: Batch, margins: Margins, budget: Budget, spent: Sequence[float] = ()) -> list[Outcome]:
@@ -108,157 +95,171 @@ def branch(model: Model, batch: Batch, margins: Margins, budget: Budget, spent: 
     ``spent``: seconds of the budget that each sample has used up before; default: none. Deterministic unless the time
     strikes. Nothing depends on the search's rounding: every bound is taken in float64, every counterexample replays.
     """
-    work = _Branching(model, batch, margins, budget)
-    work.seed(spent or [0.0] * len(batch))
-    while any(tree.growing(budget) for tree in work.trees):
-        work.grow()
-    return [work.outcome(tree) for tree in work.trees]
+    goals = _MarginGoals(batch.labels, margins.lower.shape[1], model, batch)
+    work = Branching(model, goals, margins, budget, [Tree(n, s) for n, s in enumerate(spent or [0.0] * len(batch))])
+    rows = range(len(margins.sample))
+    opened = [r for r in rows if not bool(margins.lower[margins.sample[r], margins.other[r]] > 0)]
+    work.run(opened, margins.other[opened].tolist())
+    outcomes = []
+    for tree in work.trees:
+        lower = margins.lower[tree.sample].clone()
+        for other, bound in tree.bounds().items():
+            if float(lower[other]) < bound:  # false for NaN of either
+                lower[other] = bound
+        outcomes.append(Outcome(lower, tree.point, tree.reason(budget), tree.seconds, tree.nodes))
+    return outcomes
 
 
 @dataclass(slots=True)
-class _Branching:
+class Branching:
+    """The trees of ``margins``' samples, grown together. ``size``: sub-problems at once; fewer where memory ran out."""
+
     model: Model
-    batch: Batch
+    goals: Goals
     margins: Margins
     budget: Budget
-    trees: list[_Tree] = field(default_factory=list)
-    index: Tensor = field(default_factory=lambda: torch.empty(0))
+    trees: list[Tree]
+    index: Tensor = field(init=False)
+    size: int = field(init=False)
+    created: int = 0
+
+    def __post_init__(self) -> None:
+        self.index, self.size = self.root.unstable(), batch_of(self.root)
 
     @property
     def root(self) -> Root:
         return self.margins.root
 
-    def seed(self, spent: Sequence[float]) -> None:
-        """One sub-problem without splits for every row that is open."""
-        labels = self.batch.labels.tolist()
-        self.trees = [_Tree(sample, *rest) for sample, rest in enumerate(zip(labels, spent, strict=True))]
-        self.index = self.root.unstable()
-        rows = range(len(self.margins.sample))
-        opened = [r for r in rows if not bool(self.margins.lower[self.margins.sample[r], self.margins.other[r]] > 0)]
-        for start in range(0, len(opened), batch_of(self.root)):
-            begun = time.perf_counter()
-            chosen = torch.tensor(opened[start : start + batch_of(self.root)], device=self.index.device)
-            others, alpha = self.margins.other[chosen].tolist(), self.margins.slopes(chosen)
-            samples = self.margins.sample[chosen]
-            alpha = alpha.gather(1, self.index[samples])
-            trees = [self.trees[s] for s in samples.tolist()]
-            problems = self._problems(trees, others, torch.zeros_like(alpha, dtype=torch.int8))
-            found = decide(Region.of(self.root, problems), alpha, torch.zeros_like(alpha))
-            self._take(trees, others, problems, found, begun)
+    def run(self, opened: Sequence[int], goals: Sequence[int]) -> None:
+        """Grow the trees from rows ``opened`` of the margins, each for one of the ``goals``, until all are decided."""
+        at = 0
+        while at < len(opened):
+            part = slice(at, at + self.size)
+            if self._fits(self._seed, opened[part], goals[part]):
+                at = part.stop
+        while any(tree.growing(self.budget) for tree in self.trees):
+            self.grow()
+
+    def _seed(self, opened: Sequence[int], goals: Sequence[int]) -> None:
+        """One sub-problem without splits for every row."""
+        begun = time.perf_counter()
+        chosen = torch.tensor(opened, device=self.index.device)
+        samples = self.margins.sample[chosen]
+        alpha = self.margins.slopes(chosen).gather(1, self.index[samples])
+        trees = [self.trees[s] for s in samples.tolist()]
+        rows = self.goals.rows(samples, self.margins.other[chosen])
+        problems = self._problems(trees, goals, rows, torch.zeros_like(alpha, dtype=torch.int8))
+        found = decide(Region.of(self.root, problems), alpha, torch.zeros_like(alpha))
+        self._take(trees, goals, problems, found, begun)
 
     def grow(self) -> None:
         """Split the worst sub-problems of every growing tree, and bound their halves."""
-        begun = time.perf_counter()
         growing = [tree for tree in self.trees if tree.growing(self.budget)]
-        each = max(1, batch_of(self.root) // 4 // len(growing))
-        trees: list[_Tree] = []
-        parents: list[_Node] = []
-        for tree in growing[: max(1, batch_of(self.root) // 4)]:
-            for _ in range(min(each, len(tree.open), max(1, (self.budget.nodes - tree.nodes) // 2))):
-                trees.append(tree)
-                parents.append(heapq.heappop(tree.open))
-        leaves = [not parent.candidates for parent in parents]
-        for leaf in (True, False):
-            some = [i for i, flag in enumerate(leaves) if flag is leaf]
-            if some:
-                chosen = [trees[i] for i in some], [parents[i] for i in some]
-                begun = self._leaves(*chosen, begun) if leaf else self._split(*chosen, begun)
+        most = max(1, self.size // 4)
+        each = max(1, most // len(growing))
+        taken: list[tuple[Tree, Node]] = []
+        for tree in growing[:most]:
+            count = min(each, len(tree.open), max(1, (self.budget.nodes - tree.nodes) // 2))
+            taken += [(tree, tree.worst()) for _ in range(count)]
+        for leaf, how in ((True, self._leaves), (False, self._split)):
+            some = [(tree, node) for tree, node in taken if leaf is not bool(node.candidates)]
+            if some and not self._fits(how, [tree for tree, _ in some], [node for _, node in some]):
+                for tree, node in some:
+                    tree.keep(node)
 
-    def _split(self, trees: list[_Tree], parents: list[_Node], begun: float) -> float:
+    def _fits(self, work: Callable[..., None], *columns: Sequence[object]) -> bool:
+        """Whether memory held for the work on sub-problems, at least one; else nothing was kept of it."""
+        count = len(columns[0])
+        try:
+            work(*columns)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or count == 1:
+                raise
+        else:
+            return True
+        self.size = max(1, min(self.size, 4 * count) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False
+
+    def _split(self, trees: Sequence[Tree], parents: Sequence[Node]) -> None:
+        begun = time.perf_counter()
+        goals, rows = [p.goal for p in parents], torch.stack([p.row for p in parents])
         alpha, beta = torch.stack([p.alpha for p in parents]), torch.stack([p.beta for p in parents])
         signs = torch.stack([p.sign for p in parents])
         whole = torch.tensor([p.lower for p in parents], dtype=torch.float64, device=alpha.device)
-        problems = self._problems(trees, [p.other for p in parents], signs)
+        problems = self._problems(trees, goals, rows, signs)
         signs = split(signs, picks(self.root, problems, alpha, beta, whole, [p.candidates for p in parents]))
-        both, others = trees * 2, [p.other for p in parents] * 2
-        problems = self._problems(both, others, signs)
-        how = Search(iterations=self.budget.iterations, alpha_rate=0.1, beta_rate=0.1)
+        both, goals = [*trees, *trees], goals * 2
+        problems = self._problems(both, goals, rows.repeat(2, 1), signs)
+        how = Search(self.budget.iterations, alpha_rate=0.1, beta_rate=0.1, deadline=self.budget.deadline)
         found = optimise(self.root, problems, alpha.repeat(2, 1), beta.repeat(2, 1), how)
         lower = inherited(whole.repeat(2), found.lower)
-        return self._take(both, others, problems, replace(found, lower=lower), begun)
+        self._take(both, goals, problems, replace(found, lower=lower), begun)
 
-    def _leaves(self, trees: list[_Tree], nodes: list[_Node], begun: float) -> float:
+    def _leaves(self, trees: Sequence[Tree], nodes: Sequence[Node]) -> None:
         """Sub-problems without a ReLU to split: only their multipliers are left, those of a linear program."""
-        problems = self._problems(trees, [n.other for n in nodes], torch.stack([n.sign for n in nodes]))
+        begun = time.perf_counter()
+        goals, rows = [n.goal for n in nodes], torch.stack([n.row for n in nodes])
+        region = Region.of(self.root, self._problems(trees, goals, rows, torch.stack([n.sign for n in nodes])))
         alpha, beta = torch.stack([n.alpha for n in nodes]), torch.stack([n.beta for n in nodes])
-        region = Region.of(self.root, problems)
-        multipliers, points = leaf_multipliers(region)
-        found = decide(region, alpha, multipliers)
+        multipliers, mixture, points = leaf_multipliers(region)
+        found = decide(replace(region, rows=mixture), alpha, multipliers)
         again = decide(region, alpha, beta)
         found = replace(found, lower=torch.where(again.lower > found.lower, again.lower, found.lower), points=points)
-        self._attack(trees, [n.other for n in nodes], found)
+        self._attack(trees, goals, found)
         for tree, node, lower in zip(trees, nodes, found.lower.tolist(), strict=True):
-            tree.settle(node.other, lower if lower > node.lower else node.lower)
-            tree.stuck |= not lower > 0
-        return self._charge(trees, begun)
+            tree.settle(node.goal, lower if lower > node.lower else node.lower)
+        _charge(trees, begun)
 
-    def _problems(self, trees: Sequence[_Tree], others: Sequence[int], sign: Tensor) -> Problems:
+    def _problems(self, trees: Sequence[Tree], goals: Sequence[int], rows: Tensor, sign: Tensor) -> Problems:
         device = self.index.device
         sample = torch.tensor([tree.sample for tree in trees], device=device)
-        other = torch.tensor(others, device=device)
-        classes = self.margins.lower.shape[1]
-        labels = self.batch.labels[sample]
-        return replace(margin_problems(self.root, sample, labels, other, classes, self.index[sample]), sign=sign)
+        mixable = self.goals.members(torch.tensor(goals, device=device))
+        return Problems(sample, Rows(rows[:, None]), self.index[sample], sign, mixable)
 
-    def _take(self, trees: list[_Tree], others: list[int], problems: Problems, found: Found, begun: float) -> float:
-        """Keep what is proved, queue the rest, look for counterexamples; returns the time."""
-        candidates = self._attack(trees, others, found)
+    def _take(
+        self, trees: Sequence[Tree], goals: Sequence[int], problems: Problems, found: Found, begun: float
+    ) -> None:
+        """Keep what is proved, queue the rest, look for counterexamples."""
+        candidates = self._attack(trees, goals, found)
         for i, lower in enumerate(found.lower.tolist()):
             tree = trees[i]
             tree.nodes += 1
-            if lower > 0:
-                tree.settle(others[i], lower)
-            elif not lower <= 0:  # NaN: nothing that is derived from it would be a bound
-                tree.settle(others[i], lower)
-                tree.stuck = True
-            else:
-                tree.created += 1
-                node = _Node(
-                    lower, tree.created, others[i], problems.sign[i], found.alpha[i], found.beta[i], candidates[i]
-                )
-                heapq.heappush(tree.open, node)
-        return self._charge(trees, begun)
+            if not lower <= 0:  # proved, or NaN: nothing that is derived from it would be a bound
+                tree.settle(goals[i], lower)
+                continue
+            self.created += 1
+            state = found.rows.coefficients[i, 0], problems.sign[i], found.alpha[i], found.beta[i]
+            tree.keep(Node(lower, self.created, goals[i], *state, candidates[i]))
+        _charge(trees, begun)
 
-    def _attack(self, trees: list[_Tree], others: list[int], found: Found) -> list[tuple[int, ...]]:
+    def _attack(self, trees: Sequence[Tree], goals: Sequence[int], found: Found) -> list[tuple[int, ...]]:
         """Try the minimisers of the relaxations, and a short attack from the worst; returns what to split next."""
         samples = torch.tensor([tree.sample for tree in trees], device=self.index.device)
-        part = self.batch.select(samples.tolist())
-        points = torch.minimum(torch.maximum(found.points.float(), part.lower), part.upper)
+        points = self.goals.clip(samples, found.points)
         worst: dict[int, int] = {}
         for i, lower in enumerate(found.lower.tolist()):
             if lower <= 0 and (trees[i].sample not in worst or lower < found.lower[worst[trees[i].sample]]):
                 worst[trees[i].sample] = i
-        self._try(trees, part, points)
+        self._try(trees, samples, points)
         left = [i for i in worst.values() if trees[i].point is None]
         if left:
-            target = torch.tensor([others[i] for i in left], device=self.index.device)
-            some = part.select(left)
-            ends, _ = descend(self.model, some, points[left], target, ATTACK_STEPS)
-            self._try([trees[i] for i in left], some, ends)
+            target = torch.tensor([goals[i] for i in left], device=self.index.device)
+            self._try([trees[i] for i in left], samples[left], self.goals.descend(samples[left], target, points[left]))
         return candidates(self.model, self.root, samples, self.index[samples], points, found)
 
-    def _try(self, trees: Sequence[_Tree], part: Batch, points: Tensor) -> None:
-        with torch.no_grad():
-            single = margins_at(forward(self.model.graph, self.model.single, points), part.labels).amin(1)
-        for i in (single < 0).nonzero()[:, 0].tolist():
-            if trees[i].point is None and bool(replays(self.model, part.select([i]), points[i, None])[0]):
+    def _try(self, trees: Sequence[Tree], samples: Tensor, points: Tensor) -> None:
+        for i in self.goals.fallen(samples, points):
+            if trees[i].point is None:
                 trees[i].point = points[i]
 
-    def _charge(self, trees: list[_Tree], begun: float) -> float:
-        now = time.perf_counter()
-        for tree in trees:
-            tree.seconds += (now - begun) / len(trees)
-        return now
 
-    def outcome(self, tree: _Tree) -> Outcome:
-        lower = self.margins.lower[tree.sample].clone()
-        smallest = dict(tree.settled)
-        for node in tree.open:
-            smallest[node.other] = min(node.lower, smallest.get(node.other, torch.inf))
-        for other, bound in smallest.items():
-            if float(lower[other]) < bound:  # false for NaN of either
-                lower[other] = bound
-        return Outcome(lower, tree.point, tree.reason(self.budget), tree.seconds, tree.nodes)
+def _charge(trees: Sequence[Tree], begun: float) -> None:
+    """Books the seconds since ``begun`` on the trees that were worked on."""
+    share = (time.perf_counter() - begun) / len(trees)
+    for tree in trees:
+        tree.seconds += share
 
 
 def inherited(whole: Tensor, lower: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ None of this can make a bound wrong; it decides only how many sub-problems are n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,8 +64,7 @@ def picks(
     gains = []
     for part in parts(len(signs), batch_of(root), device):
         parent = owner.repeat(2)[part]
-        half = problems.select(parent)
-        half = Problems(half.sample, half.rows, half.index, signs[part])
+        half = replace(problems.select(parent), sign=signs[part])
         region = Region.of(root, half).single(root.single)
         with torch.no_grad():
             bound = region.at(alpha[parent], beta[parent]).lower_bounds(region.rows)[:, 0]

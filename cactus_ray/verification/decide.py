@@ -1,13 +1,15 @@
-"""Deciding a specification: attacks, interval and linear bounds of the unsafe forms, and splitting of small boxes.
+"""Deciding a specification: attacks, interval and linear bounds of the unsafe forms, and splitting of what they leave.
 
 A case is safe where on every part of its box each disjunct has a form that stays above its number. Boxes with few free
-inputs (such as ACAS Xu's five) are split, the worst part first, at the input that moves the bound most.
+inputs (such as ACAS Xu's five) are split, the worst part first, at the input that moves the bound most; boxes with many
+(images) are split at ReLUs, see ``disjuncts``.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
@@ -21,13 +23,14 @@ from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.rounding import Rounding, gamma
 from cactus_ray.bounds.rows import Rows
 from cactus_ray.errors import UnsupportedGraphError, UserError
+from cactus_ray.verification import disjuncts
 from cactus_ray.verification.soundness import Model, exact_arithmetic, is_out_of_memory
 from cactus_ray.verification.unsafe import Unsafe
 from cactus_ray.verification.vnnlib import Specification
-from cactus_ray.verification.witness import Replay, Witness, confirmed, descend, search
+from cactus_ray.verification.witness import ContradictionError, Replay, Witness, confirmed, descend, search
 
 FEW = 64
-"""Free inputs up to which a box is split."""
+"""Free inputs up to which a box is split at its inputs."""
 PARTS = 128
 """Parts of a box that are split at once."""
 ATTACK_STEPS, RESTARTS = 50, 4
@@ -44,13 +47,12 @@ class Result(StrEnum):
     TIMEOUT = "timeout"
 
 
-class ContradictionError(Exception):
-    """A claimed lower bound is above the value at a point of the box: a bound is wrong, and no answer to be trusted."""
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer; for sat with its witness. ``reason``: what stood in the way of unknown. ``parts``: boxes bounded."""
+    """The answer; for sat with its witness.
+
+    ``reason``: what stood in the way of unknown. ``parts``: boxes and sub-problems that were bounded.
+    """
 
     result: Result
     witness: Witness | None
@@ -90,7 +92,8 @@ def decide(
     if not all(bool(torch.isfinite(p).all()) for p in params.values()):
         return Answer(Result.UNKNOWN, None, "non_finite", time.perf_counter() - started, 0)
     with exact_arithmetic(model.device):
-        work = _Work(model, Rounding.of(graph, model.double, arithmetic), replay, started + timeout)
+        rounding = Rounding.of(graph, model.double, arithmetic)
+        work = _Work(model, rounding, arithmetic, replay, started + timeout)
         cases = [Unsafe.of(case, outputs, order, graph.input_shape) for case in specification.cases]
         result, witness, reason = work.run(cases)
     return Answer(result, witness, reason, time.perf_counter() - started, work.parts)
@@ -98,15 +101,20 @@ def decide(
 
 @dataclass(slots=True)
 class _Work:
-    """The cases of one specification on their way. ``deadline``: of ``time.perf_counter``."""
+    """The cases of one specification on their way. ``deadline``: of ``time.perf_counter``.
+
+    ``latest``: boxes of all nodes and bounds of the forms [N, R] of the parts that were bounded last.
+    """
 
     model: Model
     rounding: Rounding
+    arithmetic: str
     replay: Replay
     deadline: float
     parts: int = 0
     rounds: int = 0
     size: int = 2 * PARTS
+    latest: tuple[Mapping[str, Box], Tensor] | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @property
@@ -141,6 +149,8 @@ class _Work:
 
     def prove(self, unsafe: Unsafe) -> tuple[Witness | None, str]:
         """Splits the case's box until all parts are safe: a counterexample, or what stood in the way (empty: none)."""
+        if unsafe.free > FEW:
+            return self.prove_whole(unsafe)
         numbers = count()
         waiting: list[tuple[float, int, _Part]] = []
         parts = [_Part(unsafe.lower, unsafe.upper, torch.zeros_like(unsafe.lower))]
@@ -157,14 +167,27 @@ class _Work:
                     return found, ""
                 for bound, part in open_:
                     heapq.heappush(waiting, (bound, next(numbers), part))
-            if waiting and unsafe.free > FEW:
-                return None, "bounds"  # where branching over ReLUs would go on
             for _ in range(min(PARTS, len(waiting))):
                 halves = heapq.heappop(waiting)[2].halves()
                 if not halves:
                     reason = "bounds"  # a part of neighbouring numbers stays open
                 parts += halves
         return None, reason
+
+    def prove_whole(self, unsafe: Unsafe) -> tuple[Witness | None, str]:
+        """As ``prove``, of a box that is too wide to be split: its bounds, then branching over ReLUs."""
+        if self.late:
+            return None, "time"
+        part = _Part(unsafe.lower, unsafe.upper, torch.zeros_like(unsafe.lower))
+        found, open_ = self.examine(unsafe, [part])
+        if found is not None or not open_:
+            return found, ""
+        assert self.latest is not None
+        proof = disjuncts.prove(
+            self.model, unsafe, self.replay, self.latest, arithmetic=self.arithmetic, deadline=self.deadline
+        )
+        self.parts += proof.nodes
+        return proof.witness, proof.reason
 
     def bound(self, unsafe: Unsafe, parts: list[_Part]) -> tuple[Witness | None, list[tuple[float, _Part]] | None]:
         """As ``examine``, or (None, None) where memory ran out and fewer parts at once are to be tried."""
@@ -226,6 +249,7 @@ class _Work:
             best = floors[chunk, start:stop]
             # a comparison with NaN is false: a NaN of either bound survives
             floors[chunk, start:stop] = torch.where((best >= bound) | torch.isnan(best), best, bound)
+        self.latest = boxes, floors
         return relaxed, floors
 
     def slopes(self, unsafe: Unsafe, relaxed: linear.Relaxed, gaps: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Witness:
     outputs: Tensor
 
 
+class ContradictionError(Exception):
+    """A claimed lower bound is above the value at a point of the box: a bound is wrong, and no answer to be trusted."""
+
+
 def confirmed(model: Model, unsafe: Unsafe, points: Tensor, replay: Replay) -> Witness | None:
     """The first of the float32 points [N, *input] that is a counterexample.
 

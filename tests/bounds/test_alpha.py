@@ -201,8 +201,8 @@ def test_a_bound_that_is_not_taken_again_is_seen(monkeypatch: pytest.MonkeyPatch
 def test_multipliers_of_a_program_without_constraints_are_zero() -> None:
     structure, params, _, box, labels = case("mlp")
     margins = alone(structure, params, box, labels)
-    some = alpha.margin_problems(margins.root, margins.sample, labels[margins.sample], margins.other, 3, margins.index)
-    multipliers, points = leaf_multipliers(Region.of(margins.root, some))
+    some = alpha.form_problems(alpha.MarginForms(labels, 3), margins.sample, margins.other, margins.index)
+    multipliers, _, points = leaf_multipliers(Region.of(margins.root, some))
     assert not bool(multipliers.any())
     inside = (points >= box.lower[margins.sample] - SLACK) & (points <= box.upper[margins.sample] + SLACK)
     assert bool(inside.all())

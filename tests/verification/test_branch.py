@@ -14,7 +14,7 @@ from oracle import smallest_margin, unroll
 from torch import Tensor, nn
 
 from cactus_ray.bounds import interval, splits
-from cactus_ray.bounds.alpha import alpha_margins, margin_problems
+from cactus_ray.bounds.alpha import MarginForms, alpha_margins, form_problems
 from cactus_ray.bounds.ascent import Search, decide
 from cactus_ray.bounds.graph import forward
 from cactus_ray.bounds.leaves import leaf_multipliers
@@ -150,10 +150,10 @@ def test_a_sub_problem_that_contradicts_itself_is_closed() -> None:
     boxes.pop(graph.output.name)
     root = Root.on(Network(graph, double, params), boxes, graph.output.name)
     index = root.unstable()
-    problems = margin_problems(root, torch.tensor([0]), torch.tensor([0]), torch.tensor([1]), 2, index)
+    problems = form_problems(MarginForms(torch.tensor([0]), 2), torch.tensor([0]), torch.tensor([1]), index)
     for signs, feasible in (([1, 1], False), ([1, -1], True), ([-1, -1], True)):
         region = Region.of(root, replace(problems, sign=torch.tensor([signs], dtype=torch.int8)))
-        multipliers, points = leaf_multipliers(region)
+        multipliers, _, points = leaf_multipliers(region)
         lower = float(decide(region, region.start().float(), multipliers).lower)
         assert (lower > 0) != feasible
         if feasible:

@@ -239,7 +239,7 @@ def too_large(
 ) -> Callable[[str, int], list[str]]:
     """Faults on balls just too large, of which nothing is true but FALSIFIED, and with no attack to say so first."""
     monkeypatch.setattr(work, "check_bounds", lambda *arguments: None)
-    monkeypatch.setattr(branch._Branching, "_try", lambda *arguments: None)
+    monkeypatch.setattr(branch.Branching, "_try", lambda *arguments: None)
     settings = VerificationSettings(attack_steps=0, bound="branch", max_nodes=80)
 
     def run(kind: str, count: int) -> list[str]:
