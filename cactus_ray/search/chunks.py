@@ -7,9 +7,12 @@ a driver that takes over from records asks for the rest, whatever pieces the fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from cactus_ray.search.pareto import losses
 from cactus_ray.search.records import TrialRecord
@@ -180,15 +183,39 @@ def counts(rows: Iterable[Row]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def worth(point: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> bool:
-    """Whether the point could be on the front of ``rivals`` if every sample that is still open were certified.
+def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:
+    """The least and the largest value that a column of a point can have once its open samples are decided.
 
-    False only where some rival is at least as good in every column of ``front`` and better in one even then. Seconds
-    of verification can only grow, so what was spent so far is the best case for them, too.
+    What is certified, falsified or measured stays; seconds of verification can only grow.
     """
-    certified = point["n_certified"] + point["n_unknown"]
-    best = {**point, "n_certified": certified, "n_unknown": 0, "certified_accuracy": certified / point["samples"]}
+    value = point.get(column)
+    if value is None:
+        return math.nan, math.nan
+    left = point["n_unknown"]
+    match column:
+        case "n_certified" | "n_falsified":
+            return value, value + left
+        case "certified_accuracy":
+            return value, (point["n_certified"] + left) / point["samples"]
+        case "n_unknown":
+            return 0, value
+        case "verify_seconds":
+            return value, math.inf
+    return value, value
+
+
+def bettered_by(
+    point: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], front: Mapping[str, str]
+) -> Mapping[str, Any] | None:
+    """A rival whose worst outcome dominates the best one of ``point``, or None: then the point may reach the front.
+
+    ``rivals`` are points of trials that are complete, or of the same trial: a trial that fails takes its points along.
+    A point that is beaten here is beaten however its open samples are decided, also by somebody on the front.
+    """
+    best = {c: ends(point, c)[1 if goal == "maximize" else 0] for c, goal in front.items()}
+    worst = [{c: ends(rival, c)[0 if goal == "maximize" else 1] for c, goal in front.items()} for rival in rivals]
     if not rivals:
-        return True
-    mine, others = losses([best], front)[0], losses(rivals, front)
-    return not bool(((others <= mine).all(axis=1) & (others < mine).any(axis=1)).any())
+        return None
+    mine, others = losses([best], front)[0], losses(worst, front)
+    beaten = np.flatnonzero((others <= mine).all(axis=1) & (others < mine).any(axis=1))
+    return rivals[int(beaten[0])] if len(beaten) else None
