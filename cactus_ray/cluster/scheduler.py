@@ -24,8 +24,8 @@ class MultiObjectiveASHA(FIFOScheduler):  # type: ignore[misc]
 
     ``metrics`` and ``goals`` ("maximize" or "max", "minimize" or "min") go together; ``time_attr``, ``max_t``,
     ``grace_period`` (the first rung) and ``reduction_factor`` mean what they mean in Ray's ASHAScheduler, whose
-    arguments these are; ``max_t=None`` ends no trial. ``ranking``: hypervolume, crowding or epsilon_net, within a front.
-    ``constraints``: infeasible trials rank behind feasible ones. How trials are compared: ``search.halving.Halving``.
+    arguments these are; ``max_t=None`` ends no trial. ``ranking``: hypervolume, crowding or epsilon_net, within a
+    front. ``constraints``: infeasible trials rank behind feasible ones. The rest: ``search.halving.Halving``.
 
     A result without ``time_attr`` is passed over; a rung that sees a metric missing or not finite ranks the trial last.
     Give no ``metric`` and no ``mode`` to TuneConfig, and set TUNE_DISABLE_STRICT_METRIC_CHECKING=1 where results may

@@ -26,12 +26,13 @@ PROXIES = ("standard_accuracy", "ibp_certified_accuracy")
 
 def extreme_levels(levels: Sequence[str]) -> tuple[str, ...]:
     """The least and the most compressed level by nominal bits per weight; one where they are the same."""
-    bits = {level: _nominal_bits(level) for level in levels}
+    bits = {level: nominal_bits(level) for level in levels}
     ends = (max(levels, key=lambda level: bits[level]), min(levels, key=lambda level: bits[level]))
     return tuple(dict.fromkeys(ends))
 
 
-def _nominal_bits(text: str) -> float:
+def nominal_bits(text: str) -> float:
+    """Bits per weight of a level by its text alone: 32 for ``dense``, 0.8 for ``prune:gu-l1:0.9+int8``."""
     level = parse_level(text)
     kept = 1.0 - (level.sparsity or 0.0)
     whole = 16 if level.quantise in ("fp16", "bf16") else 32
@@ -41,6 +42,20 @@ def _nominal_bits(text: str) -> float:
 def proxy_goals(levels: Sequence[str]) -> dict[str, str]:
     """The metrics that rungs compare: plain and IBP-certified accuracy at the extreme levels."""
     return {f"{name}@{level}": "maximize" for level in extreme_levels(levels) for name in PROXIES}
+
+
+def rung_epochs(rules: Rules, least: int, epochs: int, cost: float) -> tuple[int, ...]:
+    """The first epochs, from ``least`` on, at or beyond a rung each, if an epoch costs ``cost``; never the last of all.
+
+    At its last epoch there is nothing left of a trial to save.
+    """
+    found, before = [], None
+    for epoch in range(least, epochs):
+        rung = rules.rung(epoch * cost)
+        if rung != before:
+            found.append(epoch)
+        before = rung
+    return tuple(found)
 
 
 def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> Cost:
@@ -80,16 +95,10 @@ class Rungs:
         self.halving.take_up(decision for trial in records.trials.values() for decision in trial.rungs)
 
     def asked(self, config: RunConfig) -> tuple[int, ...]:
-        """The epochs after which a trial is judged: the first ones at or beyond a rung, never the last of all."""
+        """The epochs after which a trial is judged."""
         if self.settings.name == "none":
             return ()
-        found, cost, before = [], self.cost(config), None
-        for epoch in range(self.settings.min_epochs, config.train.epochs):
-            rung = self.halving.rules.rung(epoch * cost)
-            if rung != before:
-                found.append(epoch)
-            before = rung
-        return tuple(found)
+        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.cost(config))
 
     def scored(self, config: RunConfig) -> tuple[int, ...]:
         """The epochs after which the proxies are measured."""
