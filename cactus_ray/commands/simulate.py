@@ -134,7 +134,8 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         reached = o.found.cost_of(o.baseline.hypervolume)
         table.add_row(
             str(o.seed), f"{o.baseline.cost:,.1f}", f"{o.baseline.hypervolume:.4f}",
-            f"{reached:,.1f}" if math.isfinite(reached) else "never", f"{o.share:.2f}" if math.isfinite(o.share) else "-",
+            f"{reached:,.1f}" if math.isfinite(reached) else "never",
+            f"{o.share:.2f}" if math.isfinite(o.share) else "-",
             f"{o.found.cost:,.1f}", f"{o.found.hypervolume:.4f}", f"{o.found.stopped} of {len(o.found.started)}",
         )  # fmt: skip
     return table

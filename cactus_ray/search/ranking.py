@@ -72,8 +72,8 @@ class Fronts:
     def _beaten(self, members: Indices, moved: Indices) -> npt.NDArray[np.bool_]:
         """Which members are dominated by some of those that move into their front."""
         theirs, new = self.rows[members][:, None, :], self.rows[moved][None, :, :]
-        beaten: npt.NDArray[np.bool_] = ((new <= theirs).all(axis=2) & (new < theirs).any(axis=2)).any(axis=1)
-        return beaten
+        dominated = np.all(new <= theirs, axis=2) & np.any(new < theirs, axis=2)
+        return np.asarray(np.any(dominated, axis=1), dtype=np.bool_)
 
 
 def within_front(rows: Array, ranking: str) -> Indices:
@@ -92,7 +92,8 @@ def within_front(rows: Array, ranking: str) -> Indices:
 def _scaled(rows: Array) -> Array:
     """Every column that differs at all, from 0 (best) to 1 (worst)."""
     low, span = rows.min(axis=0), np.ptp(rows, axis=0)
-    return (rows[:, span > 0] - low[span > 0]) / span[span > 0]
+    found: Array = (rows[:, span > 0] - low[span > 0]) / span[span > 0]
+    return found
 
 
 def _contributions(rows: Array) -> Array:
