@@ -7,14 +7,10 @@ a driver that takes over from records asks for the rest, whatever pieces the fir
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from cactus_ray.search.pareto import losses
 from cactus_ray.search.records import TrialRecord
 
 CHEAP, DEAR = "cheap", "dear"
@@ -79,7 +75,11 @@ class Pieces:
 
 @dataclass(slots=True)
 class Verification:
-    """The verification of one trained trial. ``open``: chunks that are asked for and not answered, by id."""
+    """The verification of one trained trial.
+
+    ``open``: chunks that are asked for and not answered, by id; ``spared``: level -> [trial, level] of the point that
+    beats all that dear verification could bring.
+    """
 
     trial: str
     pieces: Pieces
@@ -89,6 +89,7 @@ class Verification:
     measures: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     open: dict[str, Chunk] = field(default_factory=dict)
+    spared: dict[str, list[str]] = field(default_factory=dict)
 
     @staticmethod
     def of(record: TrialRecord | None, trial: str, pieces: Pieces, train_seconds: float) -> Verification:
@@ -99,6 +100,7 @@ class Verification:
             state.dear = {level: set(indices) for level, indices in record.dear.items()}
             state.measures = {level: dict(measures) for level, measures in record.measures.items()}
             state.seconds = dict(record.verify_seconds)
+            state.spared = dict(record.spared)
         return state
 
     def next_chunks(
@@ -181,41 +183,3 @@ def counts(rows: Iterable[Row]) -> dict[str, Any]:
         "n_certified": count["CERTIFIED"], "n_falsified": count["FALSIFIED"], "n_unknown": count["UNKNOWN"],
         "certified_accuracy": count["CERTIFIED"] / len(all_rows),
     }  # fmt: skip
-
-
-def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:
-    """The least and the largest value that a column of a point can have once its open samples are decided.
-
-    What is certified, falsified or measured stays; seconds of verification can only grow.
-    """
-    value = point.get(column)
-    if value is None:
-        return math.nan, math.nan
-    left = point["n_unknown"]
-    match column:
-        case "n_certified" | "n_falsified":
-            return value, value + left
-        case "certified_accuracy":
-            return value, (point["n_certified"] + left) / point["samples"]
-        case "n_unknown":
-            return 0, value
-        case "verify_seconds":
-            return value, math.inf
-    return value, value
-
-
-def bettered_by(
-    point: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], front: Mapping[str, str]
-) -> Mapping[str, Any] | None:
-    """A rival whose worst outcome dominates the best one of ``point``, or None: then the point may reach the front.
-
-    ``rivals`` are points of trials that are complete, or of the same trial: a trial that fails takes its points along.
-    A point that is beaten here is beaten however its open samples are decided, also by somebody on the front.
-    """
-    best = {c: ends(point, c)[1 if goal == "maximize" else 0] for c, goal in front.items()}
-    worst = [{c: ends(rival, c)[0 if goal == "maximize" else 1] for c, goal in front.items()} for rival in rivals]
-    if not rivals:
-        return None
-    mine, others = losses([best], front)[0], losses(worst, front)
-    beaten = np.flatnonzero((others <= mine).all(axis=1) & (others < mine).any(axis=1))
-    return rivals[int(beaten[0])] if len(beaten) else None

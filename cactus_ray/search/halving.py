@@ -60,7 +60,7 @@ class Rules:
         """The highest rung that ``resource`` has reached, as a resource; None below the first."""
         if not resource >= self.first * (1 - 1e-9):
             return None
-        rung = self.first
+        rung = float(self.first)
         while resource >= rung * self.reduction * (1 - 1e-9):  # epochs times a cost are hardly ever exact
             rung *= self.reduction
         return rung
@@ -147,6 +147,7 @@ class Halving:
         A missing or non-finite objective or constrained metric ranks behind all others, an infeasible trial behind all
         feasible ones, by the sum of its violations; equals rank in the order of their reports.
         """
+        resource, progress = float(resource), float(progress)
         rung, standing = self.rules.rung(resource), self.standing(trial)
         if rung is None or (standing is not None and rung <= standing.rung * (1 + 1e-9)):
             return standing

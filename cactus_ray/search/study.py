@@ -15,19 +15,9 @@ from typing import Any
 
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import ConfigError
-from cactus_ray.search.chunks import (
-    DEAR_BOUNDS,
-    Chunk,
-    ChunkResult,
-    LevelResult,
-    Pieces,
-    Verification,
-    Worth,
-    bettered_by,
-    counts,
-)
+from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.objectives import trial_metrics
-from cactus_ray.search.pareto import non_dominated
+from cactus_ray.search.rivals import Rivals
 from cactus_ray.search.rungs import Cost, Rungs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space
@@ -74,8 +64,7 @@ class Study:
         self.sampler.replay(records)
         self.rungs = Rungs(space, records, cost)
         self.worth: Worth | None = self._may_reach_the_front if space.search.dear == "front" else None
-        self.front: list[dict[str, Any]] = []
-        self._advance_front(records.points())
+        self.rivals = Rivals(space.front, records.points())
         self.pieces = Pieces(
             tuple(space.levels),
             tuple(samples),
@@ -253,17 +242,15 @@ class Study:
         """Whether dear verification of a point can matter to the front; if not, who beats it is recorded."""
         trial, level = point["trial"], point["level"]
         state = self.verifying[trial]
+        if level in state.spared:
+            return False
         siblings = [self._point(trial, other, state) for other in self.space.levels if other != level]
-        rival = bettered_by(point, [*self.front, *siblings], self.space.front)
-        if rival is not None:
-            self._emit({"event": "spared", "trial": trial, "levels": {level: [rival["trial"], rival["level"]]}})
-        return rival is None
-
-    def _advance_front(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """The front of all complete trials: who is beaten by anybody is beaten by one of these."""
-        found = [*self.front, *(dict(point) for point in points)]
-        keep = non_dominated(found, self.space.front)
-        self.front = [point for point, on_front in zip(found, keep, strict=True) if on_front]
+        rival = self.rivals.of(point, siblings)
+        if rival is None:
+            return True
+        state.spared[level] = [rival["trial"], rival["level"]]
+        self._emit({"event": "spared", "trial": trial, "levels": {level: state.spared[level]}})
+        return False
 
     def _complete(self, trial: str, state: Verification) -> None:
         if lost := state.lost:
@@ -272,7 +259,7 @@ class Study:
         points = [self._point(trial, level, state) for level in self.space.levels]
         metrics = trial_metrics(points, state.train_seconds, self.space.front, self.reference)
         self._emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
-        self._advance_front(points)
+        self.rivals.add(points)
         del self.verifying[trial]
         self.finished += 1
         self.sampler.tell(self.numbers[trial], metrics, "completed")
