@@ -113,7 +113,8 @@ def train(
 
 def _score(run: Run, data: DataSet, metrics: dict[str, float], levels: Sequence[str]) -> dict[str, float]:
     """What ``EpochReport.score`` promises; its time is a cost of the epoch with these ``metrics``."""
-    started, kept, found = time.perf_counter(), run.kept(), {}
+    started, kept = time.perf_counter(), run.kept()
+    found: dict[str, float] = {}
     for level in levels:
         images = calibration(data) if parse_level(level).needs_calibration else None
         standard, certified = level_accuracies(

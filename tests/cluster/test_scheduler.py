@@ -18,13 +18,13 @@ from cactus_ray.search.store import Records, with_front
 pytestmark = pytest.mark.ray
 
 
-def toy(config: dict[str, Any]) -> None:
-    for epoch in range(1, 10):
-        tune.report({"accuracy": config["quality"] * epoch, "cost": 10.0 - config["quality"], "epoch": epoch})
-
-
 def test_any_tune_experiment_can_use_the_scheduler(tmp_path: Path) -> None:
     scheduler = MultiObjectiveASHA(["accuracy", "cost"], ["max", "min"], time_attr="epoch", max_t=9)
+
+    def toy(config: dict[str, Any]) -> None:  # in here, because Ray's workers cannot import this file
+        for epoch in range(1, 10):
+            tune.report({"accuracy": config["quality"] * epoch, "cost": 10.0 - config["quality"], "epoch": epoch})
+
     with connected(None, cpus=1):
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         results = tune.Tuner(

@@ -21,7 +21,8 @@ LEVELS = ("dense", "prune:gu-l1:0.5+rebn+int4")
 def test_a_score_is_that_of_the_deployed_network(batch_norm: bool) -> None:
     config = parse(RunConfig, {
         "data": {"name": "digits", "train_samples": 256}, "threat": {"epsilon": 0.02}, "method": "ibp",
-        "model": {"name": "mlp", "hidden": [16], "batch_norm": batch_norm}, "train": {"epochs": 2, "batch_size": 64},
+        "model": {"name": "mlp", "hidden": [16], "batch_norm": batch_norm},
+        "train": {"epochs": 2, "batch_size": 64}, "learning_rate": 0.02,
     })  # fmt: skip
     data = load(config.data, ("train", "selection"))
     found: list[dict[str, float]] = []
