@@ -121,10 +121,10 @@ class Halving:
     """The rungs of one study. ``report`` decides; ``take_up`` repeats what was decided before.
 
     Trials at a rung have used the same resource, so the comparison is at equal cost if the caller counts resources in
-    units of cost. They may be at different points of schedules of different lengths, and who is nearer to the end of
-    its schedule looks better for that reason alone. So the share of its own schedule that a trial has behind it
+    units of cost. They may be at different points of their schedules, and who is nearer to the end of its schedule
+    looks better for that reason alone. So the share of its own schedule that a trial has behind it
     (``progress``) is one more column to be minimised: a trial is dominated only by those that are no nearer to their
-    end. Where all schedules are equally long, the column is constant and decides nothing.
+    end. Where whole trainings all cost the same, the column is constant and decides nothing.
     """
 
     def __init__(self, rules: Rules) -> None:

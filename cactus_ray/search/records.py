@@ -41,7 +41,8 @@ class TrialRecord:
     ``dear``: level -> indices whose row is the last word of the dear stage; ``ledger``: seconds of verifiers by stage
     of the cascade, ``overhead`` and ``lost`` (to verifiers that died or hung) among them; ``losses``: chunk -> how
     many verifiers it was lost with; ``rungs``: what was decided about it, rung by rung; ``spared``: level ->
-    [trial, level] of the point that beats all that dear verification could have brought.
+    [trial, level] of the point that beats all that dear verification could have brought; ``epoch_cost``: of an
+    epoch for halving, in epochs of the study's reference.
     """
 
     id: str
@@ -51,6 +52,7 @@ class TrialRecord:
     config: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""
     seed: int = 0
+    epoch_cost: float = 1.0
     epochs: list[dict[str, Any]] = field(default_factory=list)
     rungs: list[Decision] = field(default_factory=list)
     spared: dict[str, list[str]] = field(default_factory=dict)
@@ -141,7 +143,7 @@ def _start(records: Records, event: dict[str, Any]) -> bool:
     trial, number = event.get("trial"), event.get("number")
     if not isinstance(trial, str) or not isinstance(number, int):
         return False
-    keys = ("parameters", "config", "config_hash", "seed")
+    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost")
     known = {key: event[key] for key in keys if key in event}
     records.trials[trial] = TrialRecord(trial, number, started=event.get("time"), **known)
     return True

@@ -86,8 +86,9 @@ class Rungs:
     def __init__(self, space: Space, records: Records, cost: Cost | None = None) -> None:
         self.settings: SchedulerSettings = space.search.scheduler
         self.levels = extreme_levels(space.levels)
-        self.cost: Cost = cost or (lambda config: 1.0)
         s = self.settings
+        nobody_asks = s.name == "none" and s.score == "rungs"
+        self.epoch_cost: Cost = (lambda config: 1.0) if cost is None or nobody_asks else cost
         rules = Rules(
             goals=proxy_goals(space.levels), reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking
         )
@@ -98,7 +99,7 @@ class Rungs:
         """The epochs after which a trial is judged."""
         if self.settings.name == "none":
             return ()
-        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.cost(config))
+        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.epoch_cost(config))
 
     def scored(self, config: RunConfig) -> tuple[int, ...]:
         """The epochs after which the proxies are measured."""
@@ -109,7 +110,7 @@ class Rungs:
         if epoch not in self.asked(config):
             return None
         before = self.halving.standing(trial)
-        decision = self.halving.report(trial, epoch * self.cost(config), metrics, epoch / config.train.epochs)
+        decision = self.halving.report(trial, epoch * self.epoch_cost(config), metrics, epoch / config.train.epochs)
         return None if decision is before else decision
 
     def stopped(self, trial: str) -> Decision | None:

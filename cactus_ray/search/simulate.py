@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -30,7 +29,8 @@ from cactus_ray.search.space import Space
 class Curve:
     """A configuration with all that training it would show: per epoch, and after verification.
 
-    ``seconds`` and ``metrics``: one entry per epoch; ``outcome``: the metrics of the finished trial.
+    ``seconds`` and ``metrics``: one entry per epoch; ``outcome``: the metrics of the finished trial; ``epoch_cost``: of
+    an epoch at rungs, as the study counted it.
     """
 
     values: Mapping[str, Any]
@@ -39,6 +39,7 @@ class Curve:
     verify_seconds: float
     points: tuple[Mapping[str, Any], ...]
     outcome: Mapping[str, float]
+    epoch_cost: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,7 @@ def recorded_curves(records: Records) -> list[Curve]:
             sum(trial.ledger.values()),
             tuple(trial.points),
             trial.metrics,
+            trial.epoch_cost,
         )
         for trial in whole
     ]
@@ -115,9 +117,8 @@ def simulate(space: Space, curves: Sequence[Curve], reference: Mapping[str, floa
     """Search among ``curves`` until ``setup.trials`` have been started or none is left.
 
     A sampler proposes freely; the unused recorded configuration that is nearest (``distance``) runs in its place, and
-    its outcome alone is told. ``reference``: the point that ``relative_hypervolume`` is measured from. Costs of epochs
-    are the recorded ones, in units of the median trial's epoch. Deterministic. Raises UserError for curves that lack
-    what rungs compare.
+    its outcome alone is told. ``reference``: the point that ``relative_hypervolume`` is measured from. Deterministic.
+    Raises UserError for curves that lack what rungs compare.
     """
     goals = setup.goals or comparable(space, curves)
     search = replace(space.search, sampler=setup.sampler, seed=setup.seed, trials=setup.trials)
@@ -135,8 +136,6 @@ class _Simulation:
         self.halving = Halving(
             Rules(goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking)
         )  # fmt: skip
-        unit = statistics.median(_epoch_seconds(curve) for curve in curves)
-        self.costs = [_epoch_seconds(curve) / unit if unit > 0 else 1.0 for curve in curves]
         self.unused = list(range(len(curves)))
         self.front: list[Mapping[str, Any]] = []
         self.found = Simulated()
@@ -175,9 +174,9 @@ class _Simulation:
     def _epoch(self, now: float, number: int, index: int, epoch: int) -> None:
         curve, epochs = self.curves[index], len(self.curves[index].seconds)
         self.found.cost += curve.seconds[epoch - 1]
-        if self._asked(index, epoch):
+        if self._asked(curve, epoch):
             decision = self.halving.report(
-                f"t{number:04d}", epoch * self.costs[index], curve.metrics[epoch - 1], epoch / epochs
+                f"t{number:04d}", epoch * curve.epoch_cost, curve.metrics[epoch - 1], epoch / epochs
             )
             if decision is not None and not decision.go_on:
                 self.found.stopped += 1
@@ -187,9 +186,10 @@ class _Simulation:
         following = curve.seconds[epoch] if epoch < epochs else curve.verify_seconds
         self._push(now + following, number, index, epoch + 1)
 
-    def _asked(self, index: int, epoch: int) -> bool:
-        s, epochs = self.setup.scheduler, len(self.curves[index].seconds)
-        return s.name != "none" and epoch in rung_epochs(self.halving.rules, s.min_epochs, epochs, self.costs[index])
+    def _asked(self, curve: Curve, epoch: int) -> bool:
+        s = self.setup.scheduler
+        at = rung_epochs(self.halving.rules, s.min_epochs, len(curve.seconds), curve.epoch_cost)
+        return s.name != "none" and epoch in at
 
     def _push(self, time: float, number: int, index: int, epoch: int) -> None:
         heapq.heappush(self.events, (time, next(self.order), number, index, epoch))
@@ -200,10 +200,6 @@ class _Simulation:
         self.front = [point for point, on_front in zip(points, keep, strict=True) if on_front]
         volume = relative_hypervolume(self.front, self.space.front, self.reference)
         self.found.steps.append(Step(self.found.cost, self.found.time, volume))
-
-
-def _epoch_seconds(curve: Curve) -> float:
-    return math.fsum(curve.seconds) / len(curve.seconds)
 
 
 def nearest(space: Space, values: Mapping[str, Any], curves: Sequence[Curve], among: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.config import RunConfig, parse
-from cactus_ray.errors import ConfigError
+from cactus_ray.errors import UserError
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.rivals import Rivals
@@ -152,12 +152,13 @@ class Study:
             started = {"event": "started", "trial": trial, "number": suggestion.number, "parameters": suggestion.values}
             try:
                 config = self.space.configuration(suggestion.values, suggestion.number)
-            except ConfigError as error:
+                cost = self.rungs.epoch_cost(config)
+            except UserError as error:
                 self._emit({**started, "config": {}, "config_hash": "", "seed": 0})
                 self.failed(trial, str(error))
                 continue
             plain = {"config": config.to_dict(), "config_hash": config.config_hash, "seed": config.seed}
-            self._emit({**started, **plain})
+            self._emit({**started, **plain, "epoch_cost": cost})
             return self._start(trial, suggestion.number, config)
         return None
 

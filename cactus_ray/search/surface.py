@@ -53,7 +53,7 @@ def _curve(space: Space, values: Mapping[str, Any], seed: int) -> Curve:
     seconds = 1.0 + 2.0 * robustness
     points = [_point(level, *finals[level], seconds * epochs) for level in space.levels]
     outcome = trial_metrics(points, seconds * epochs, space.front, REFERENCE)
-    return Curve(values, (seconds,) * epochs, tuple(metrics), 0.2 * epochs, tuple(points), outcome)
+    return Curve(values, (seconds,) * epochs, tuple(metrics), 0.2 * epochs, tuple(points), outcome, seconds / 2.0)
 
 
 def _final(level: str, skill: float, robustness: float) -> tuple[float, float]:
