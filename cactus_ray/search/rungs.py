@@ -1,8 +1,8 @@
 """Halving in a study: which epochs are scored and judged, by which proxies, and at what cost an epoch counts.
 
-Resources are units of cost: epochs times the cost of an epoch relative to the study's reference configuration (that of
-every parameter's first value), worked out from passes and multiply-accumulates and not measured, so that a study can be
-repeated. Trials at a rung have then cost the same, whatever their number of epochs, model or method.
+Resources are units of cost: epochs times the cost of an epoch relative to the study's reference configuration (every
+parameter's first value, the largest model), worked out from passes and multiply-accumulates and not measured, so that a
+study can be repeated. Trials at a rung have then cost the same, whatever their number of epochs, model or method.
 """
 
 from __future__ import annotations

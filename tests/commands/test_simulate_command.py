@@ -26,7 +26,7 @@ def test_seeds_are_shown_beside_random_search(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--by", "loss"], "--by: got 'loss'; expected a metric of every epoch: ibp_certified_accuracy@dense"),
+        (["--by", "loss"], "--by: got 'loss'; expected an accuracy of every epoch: ibp_certified_accuracy@dense"),
         (["--scheduler", "hyperband"], "hyperband"),
         (["--sampler", "cma"], "cma"),
         (["--ranking", "best"], "best"),
