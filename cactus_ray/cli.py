@@ -317,6 +317,39 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
             raise UserError(f"{name}: {reason}")
 
 
+@app.command()
+def simulate(
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run whose curves are replayed; with --synthetic also a space.")
+    ],
+    sampler: Annotated[str, typer.Option(help="tpe, nsga2 or random.")] = "tpe",
+    scheduler: Annotated[str, typer.Option(help="none or asha.")] = "asha",
+    reduction: Annotated[float, typer.Option(help="The best 1/reduction at a rung go on.")] = 3.0,
+    min_epochs: Annotated[int, typer.Option(min=1, help="No trial is stopped before.")] = 1,
+    ranking: Annotated[str, typer.Option(help="hypervolume, crowding or epsilon_net.")] = "hypervolume",
+    by: Annotated[str | None, typer.Option(help="Rank at rungs by this one metric of an epoch instead.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Simulated workers.")] = 1,
+    trials: Annotated[int | None, typer.Option(min=1, help="Whole trials of the random search beside it.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeats with seeds 0, 1, ...")] = 10,
+    synthetic: Annotated[
+        int | None, typer.Option(min=1, help="Use this many made-up curves of the space instead of recorded ones.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay recorded learning curves through a sampler and a scheduler, beside random search over whole trials."""
+    from cactus_ray.commands.simulate import SimulateOptions, simulate_run
+    from cactus_ray.config import parse
+    from cactus_ray.search.settings import SchedulerSettings, SearchSettings
+
+    plain = {"name": scheduler, "reduction": reduction, "min_epochs": min_epochs, "ranking": ranking}
+    settings = parse(SchedulerSettings, plain, "scheduler")
+    parse(SearchSettings, {"sampler": sampler})
+    options = SimulateOptions(
+        sampler=sampler, scheduler=settings, workers=workers, trials=trials, seeds=seeds, by=by, synthetic=synthetic
+    )
+    simulate_run(out, run, options, as_json=as_json)
+
+
 @bench_app.command("train")
 def bench_train(
     model: Annotated[str, typer.Option(help="Architecture, such as cnn_small or cnn7.")] = "cnn_small",

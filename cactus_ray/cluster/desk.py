@@ -59,6 +59,10 @@ class Desk:
             for kind, trial, content in messages:
                 if kind == "epoch":
                     self.study.epoch(trial, **content)
+                elif kind == "rung":
+                    self.mailbox.answer.remote(trial, content["epoch"], self.study.epoch(trial, **content))
+                elif kind == "stopped":
+                    self.study.stopped(trial, **content)
                 elif kind == "trained":
                     self._offer(self.study.trained(trial, **content))
                 else:
@@ -116,7 +120,8 @@ class Desk:
                 free = free and not self.pool.broker.full
                 start = self.study.next_trial() if free else None
                 if start is not None:
-                    return {"trial": start.id, "run": start.config.to_dict()}
+                    rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
+                    return {"trial": start.id, "run": start.config.to_dict(), "rungs": rungs}
                 left = deadline - time.monotonic()
                 if left <= 0 or self.study.training:
                     return None

@@ -60,6 +60,8 @@ class TorchWorkers:
 def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str, Any]:
     """A Ray Tune trainable: trains ``config["run"]`` and mails epochs, the network or the failure to the driver.
 
+    ``config["rungs"]``: the epochs after which the proxies are measured at ``levels`` and the driver is asked.
+
     A failure is mailed with its step and ends the trial normally: what a trial came to is decided by our records, and
     Ray would only add a traceback to the terminal.
     """
@@ -68,9 +70,9 @@ def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str
     trial = str(config["trial"])
     try:
         if job.execution == "train":
-            _train_with_ray_train(trial, config["run"], job, mailbox)
+            _train_with_ray_train(config, job, mailbox)
         else:
-            _train_direct(trial, config["run"], job, mailbox)
+            _train_direct(config, job, mailbox)
     except Exception as error:  # whatever ends a trial must reach the records, with its name
         step = error.step if isinstance(error, NonFiniteLossError) else None
         ray.get(mailbox.put.remote(("failed", trial, {"error": describe(error), "step": step})))
@@ -90,19 +92,18 @@ def describe(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}{place}"
 
 
-def _train_direct(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
+def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     from ray import tune
 
     torch.set_num_threads(job.threads)
     device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
     def report(epoch: EpochReport) -> bool:
-        mailbox.put.remote(("epoch", trial, _epoch_message(epoch)))
+        content = _scored(epoch, trial)
         tune.report(dict(epoch.metrics))
-        return True
+        return _mail_epoch(content, trial, mailbox)
 
-    result = _run_loop(run, job, report=report, device=device)
-    _mail_result(trial, result, parse(RunConfig, run).train.keep, mailbox)
+    _mail_result(trial, _run_loop(trial["run"], job, report=report, device=device), mailbox)
 
 
 def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult:
@@ -112,22 +113,39 @@ def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult
     return train(config, data, init=init, trust_code=job.trust_code, **options)
 
 
-def _epoch_message(epoch: EpochReport) -> dict[str, Any]:
-    return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": dict(epoch.metrics)}
+def _scored(epoch: EpochReport, trial: dict[str, Any]) -> dict[str, Any]:
+    """What is mailed of an epoch; on every worker, because the proxies are measured by all together."""
+    rungs = trial["rungs"]
+    proxies = epoch.score(rungs["levels"]) if epoch.epoch in rungs["scored"] else {}
+    return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": {**epoch.metrics, **proxies}}
 
 
-def _mail_result(trial: str, result: TrainResult, keep: str, mailbox: Any) -> None:
+def _mail_epoch(content: dict[str, Any], trial: dict[str, Any], mailbox: Any) -> bool:
+    """Mail an epoch; whether the trial goes on. At a rung that is the driver's word, which is waited for."""
     import ray
 
+    if content["epoch"] in trial["rungs"]["asked"]:
+        return bool(ray.get(mailbox.ask.remote(trial["trial"], content)))
+    mailbox.put.remote(("epoch", trial["trial"], content))
+    return True
+
+
+def _mail_result(trial: dict[str, Any], result: TrainResult, mailbox: Any) -> None:
+    import ray
+
+    if result.stopped:
+        ray.get(mailbox.put.remote(("stopped", trial["trial"], {"seconds": result.seconds})))
+        return
+    keep = parse(RunConfig, trial["run"]).train.keep
     networks = {"last": pack(result.last), "best": pack(result.best)}
     content = {"networks": networks, "chosen": keep, "epochs": result.epochs, "seconds": result.seconds}
-    ray.get(mailbox.put.remote(("trained", trial, content)))
+    ray.get(mailbox.put.remote(("trained", trial["trial"], content)))
 
 
 # --- Ray Train -----------------------------------------------------------------------------------------------------
 
 
-def _train_with_ray_train(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
+def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -136,11 +154,11 @@ def _train_with_ray_train(trial: str, run: dict[str, Any], job: TrainJob, mailbo
     resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(job.gpus_per_worker)} if on_gpu else {})
     TorchTrainer(
         _worker,
-        train_loop_config={"trial": trial, "run": run, "job": job, "mailbox": mailbox},
+        train_loop_config={"trial": trial, "job": job, "mailbox": mailbox},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=300),
         scaling_config=ray.train.ScalingConfig(num_workers=job.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
-            name=f"{job.study}-{trial}",  # a stable name: a worker that died goes on from its last checkpoint
+            name=f"{job.study}-{trial['trial']}",  # a stable name: a worker that died goes on from its last checkpoint
             storage_path=job.storage,
             failure_config=ray.train.FailureConfig(max_failures=2),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -155,21 +173,23 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job: TrainJob = config["job"]
+    trial: dict[str, Any] = config["trial"]
     torch.set_num_threads(job.threads)
     workers = TorchWorkers()
 
     def report(epoch: EpochReport) -> bool:
-        if workers.rank > 0:
+        content = _scored(epoch, trial)
+        if workers.rank > 0:  # the loop asks all workers, and one word suffices
             ray.train.report(dict(epoch.metrics))
             return True
-        config["mailbox"].put.remote(("epoch", config["trial"], _epoch_message(epoch)))
+        go_on = _mail_epoch(content, trial, config["mailbox"])
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, STATE_FILE).write_bytes(epoch.save())
             ray.train.report(dict(epoch.metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return True
+        return go_on
 
     result = _run_loop(
-        config["run"],
+        trial["run"],
         job,
         report=report,
         device=str(ray.train.torch.get_device()),
@@ -177,7 +197,7 @@ def _worker(config: dict[str, Any]) -> None:
         state=_saved_state(),
     )
     if workers.rank == 0:
-        _mail_result(config["trial"], result, parse(RunConfig, config["run"]).train.keep, config["mailbox"])
+        _mail_result(trial, result, config["mailbox"])
 
 
 def _saved_state() -> bytes | None:

@@ -25,6 +25,7 @@ from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
 from cactus_ray.report.tracking_actor import tracking
 from cactus_ray.search.evaluate import at_level
+from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.space import NAME, Space, load_space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
 from cactus_ray.search.study import Event, Study
@@ -51,14 +52,17 @@ def search(space: Space, options: SearchOptions) -> Records:
     data = load(space.data, ("train", "selection"))
     example = example_configuration(space)
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
-    untrained = create(example, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
+    untrained = _untrained(example, data, options)
     store = _open(space, options)
     with store.lock():
         records = read_records(store.path) if store.file.exists() else Records()
         count = None if space.samples == "selection" else int(space.samples)
         samples = subset(len(data.labels["selection"]), count).tolist()
         with StudyProgress(space, records, enabled=options.progress) as progress:
-            study = Study(space, store, records, samples, [progress.event, _tables(space, store)])
+            study = Study(
+                space, store, records, samples, [progress.event, _tables(space, store)],
+                epoch_costs(example, lambda run: _untrained(run, data, options)),
+            )  # fmt: skip
             if not records.study:
                 study.begin(describe(space, data), reference_point(space, untrained))
             try:
@@ -69,6 +73,10 @@ def search(space: Space, options: SearchOptions) -> Records:
                 write_tables(store.path, records, space.front)
                 write_page(store.path)
         return records
+
+
+def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network:
+    return create(run, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
 
 
 def example_configuration(space: Space) -> RunConfig:

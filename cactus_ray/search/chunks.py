@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cactus_ray.search.pareto import losses
 from cactus_ray.search.records import TrialRecord
 
 CHEAP, DEAR = "cheap", "dear"
@@ -76,7 +75,11 @@ class Pieces:
 
 @dataclass(slots=True)
 class Verification:
-    """The verification of one trained trial. ``open``: chunks that are asked for and not answered, by id."""
+    """The verification of one trained trial.
+
+    ``open``: chunks that are asked for and not answered, by id; ``spared``: level -> [trial, level] of the point that
+    beats all that dear verification could bring.
+    """
 
     trial: str
     pieces: Pieces
@@ -86,6 +89,7 @@ class Verification:
     measures: dict[str, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     open: dict[str, Chunk] = field(default_factory=dict)
+    spared: dict[str, list[str]] = field(default_factory=dict)
 
     @staticmethod
     def of(record: TrialRecord | None, trial: str, pieces: Pieces, train_seconds: float) -> Verification:
@@ -96,6 +100,7 @@ class Verification:
             state.dear = {level: set(indices) for level, indices in record.dear.items()}
             state.measures = {level: dict(measures) for level, measures in record.measures.items()}
             state.seconds = dict(record.verify_seconds)
+            state.spared = dict(record.spared)
         return state
 
     def next_chunks(
@@ -178,17 +183,3 @@ def counts(rows: Iterable[Row]) -> dict[str, Any]:
         "n_certified": count["CERTIFIED"], "n_falsified": count["FALSIFIED"], "n_unknown": count["UNKNOWN"],
         "certified_accuracy": count["CERTIFIED"] / len(all_rows),
     }  # fmt: skip
-
-
-def worth(point: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> bool:
-    """Whether the point could be on the front of ``rivals`` if every sample that is still open were certified.
-
-    False only where some rival is at least as good in every column of ``front`` and better in one even then. Seconds
-    of verification can only grow, so what was spent so far is the best case for them, too.
-    """
-    certified = point["n_certified"] + point["n_unknown"]
-    best = {**point, "n_certified": certified, "n_unknown": 0, "certified_accuracy": certified / point["samples"]}
-    if not rivals:
-        return True
-    mine, others = losses([best], front)[0], losses(rivals, front)
-    return not bool(((others <= mine).all(axis=1) & (others < mine).any(axis=1)).any())

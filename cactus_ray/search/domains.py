@@ -76,6 +76,11 @@ class Range:
         product = k * _exact(self.q or 1)
         return int(product) if self.integer else float(product)
 
+    def share(self, value: float) -> float:
+        """Where ``value`` lies, from 0 at the low end to 1 at the high one, on the range's own scale."""
+        low, high, v = (math.log(x) if self.log else float(x) for x in (self.low, self.high, value))
+        return (v - low) / (high - low) if high > low else 0.0
+
     def contains(self, value: Any) -> bool:
         if type(value) is not (int if self.integer else float) or not self.low <= value <= self.high:
             return False

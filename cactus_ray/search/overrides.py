@@ -41,8 +41,7 @@ def overridden(
             spec = keys[name]
             if value is not None and spec is not None:
                 spec.convert(value, path)
-            raw[section] = {k: v for k, v in section_of(raw, section).items() if k != name}
-            raw[section] |= {} if value is None else {name: value}
+            raw[section] = _with(section_of(raw, section), name, value)
         elif key in KEYS and key != "parameters":
             raw[key] = value
         else:
@@ -50,3 +49,13 @@ def overridden(
             names += [f"{s}.KEY for the keys of {s}" for s in (*SECTIONS, "compression_set")]
             raise ConfigError(path, value, f"no such key; one of {', '.join(names)}")
     return raw, tuple(by_name.values())
+
+
+def _with(section: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A section with the key of this dotted name set, or taken away by None."""
+    first, _, rest = name.partition(".")
+    found = {key: v for key, v in section.items() if key != first}
+    if rest:
+        inner = section.get(first)
+        return found | {first: _with(inner if isinstance(inner, Mapping) else {}, rest, value)}
+    return found if value is None else found | {first: value}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.halving import Decision
 
 SCHEMA = 1
 COLUMNS = (
@@ -22,7 +23,10 @@ COLUMNS = (
     "n_unknown", "certified_accuracy", "bytes", "ideal_bits", "macs", "train_seconds", "verify_seconds", "on_front",
     "config_hash",
 )  # fmt: skip
-EVENTS = ("study", "started", "epoch", "trained", "verdicts", "lost", "completed", "failed", "stopped", "finished")
+EVENTS = (
+    "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
+    "finished",
+)  # fmt: skip
 _TEXT = ("trial", "level", "method", "split", "config_hash")
 _COUNTS = ("samples", "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs")
 
@@ -36,7 +40,9 @@ class TrialRecord:
     Only a completed trial has ``points`` and ``metrics``. ``verdicts``: level -> index -> row of the record;
     ``dear``: level -> indices whose row is the last word of the dear stage; ``ledger``: seconds of verifiers by stage
     of the cascade, ``overhead`` and ``lost`` (to verifiers that died or hung) among them; ``losses``: chunk -> how
-    many verifiers it was lost with.
+    many verifiers it was lost with; ``rungs``: what was decided about it, rung by rung; ``spared``: level ->
+    [trial, level] of the point that beats all that dear verification could have brought; ``epoch_cost``: of an
+    epoch for halving, in epochs of the study's reference.
     """
 
     id: str
@@ -46,7 +52,10 @@ class TrialRecord:
     config: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""
     seed: int = 0
+    epoch_cost: float = 1.0
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    rungs: list[Decision] = field(default_factory=list)
+    spared: dict[str, list[str]] = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -134,7 +143,7 @@ def _start(records: Records, event: dict[str, Any]) -> bool:
     trial, number = event.get("trial"), event.get("number")
     if not isinstance(trial, str) or not isinstance(number, int):
         return False
-    keys = ("parameters", "config", "config_hash", "seed")
+    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost")
     known = {key: event[key] for key in keys if key in event}
     records.trials[trial] = TrialRecord(trial, number, started=event.get("time"), **known)
     return True
@@ -145,12 +154,27 @@ def _epoch(trial: TrialRecord, event: dict[str, Any]) -> bool:
     return True
 
 
+def _rung(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    try:
+        decision = Decision.of_event(event)
+    except (KeyError, TypeError, ValueError):
+        return False
+    trial.rungs = [d for d in trial.rungs if d.rung != decision.rung] + [decision]
+    return True
+
+
+def _spared(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    trial.spared.update(event.get("levels", {}))
+    return True
+
+
 def _trained(trial: TrialRecord, event: dict[str, Any]) -> bool:
     if trial.sha256 != event.get("sha256"):  # verdicts are of another network; what they cost stays spent
         trial.verdicts, trial.dear, trial.measures, trial.verify_seconds, trial.losses = {}, {}, {}, {}, {}
     trial.status = "trained"
     trial.checkpoint, trial.sha256 = event.get("checkpoint"), event.get("sha256")
     trial.train_seconds = event.get("train_seconds")
+    trial.spared = {}  # what is spared is worked out from verdicts, after the training
     return True
 
 
@@ -212,12 +236,14 @@ def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
     trial.status, trial.ended = event["event"], event.get("time")
     trial.points, trial.metrics = [], {}
     trial.error = event.get("error") or event.get("reason")
+    if event.get("train_seconds") is not None:
+        trial.train_seconds = event["train_seconds"]
     return True
 
 
 _TAKERS = {
-    "epoch": _epoch, "trained": _trained, "verdicts": _verdicts, "lost": _lost, "completed": _completed,
-    "failed": _failed, "stopped": _failed,
+    "epoch": _epoch, "rung": _rung, "trained": _trained, "verdicts": _verdicts, "lost": _lost, "spared": _spared,
+    "completed": _completed, "failed": _failed, "stopped": _failed,
 }  # fmt: skip
 
 

@@ -70,6 +70,17 @@ class OptunaSampler:
                 self._study.tell(trial, state=TrialState.FAIL)
         return self._opened(self._number, trial, values)
 
+    def adopt(self, number: int, values: Mapping[str, Any]) -> Suggestion:
+        """Let the trial that was just asked for run with other values of this space; the drawn ones guide nothing.
+
+        Raises UserError for values that this space would not ask for.
+        """
+        recorded = self._encoded(f"number {number}", values)
+        with _quiet():
+            self._study.tell(self._trials.pop(number), state=TrialState.FAIL)
+            trial = self._ask(attempt=0, recorded=recorded)
+            return self._opened(number, trial, self._suggest(trial))
+
     def tell(self, number: int, metrics: Mapping[str, float] | None, status: str) -> str:
         """End a trial and return the status that counts.
 

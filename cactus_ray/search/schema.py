@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from cactus_ray.compression.levels import FACTOR_FORMATS, FORMATS
@@ -70,7 +71,12 @@ def _object(properties: Mapping[str, Any], required: list[str] | None = None) ->
 
 def _section(kind: type) -> Schema:
     # What is required may also come from --set or parameters; the parser says if it is still missing.
-    keys = {name: _or_null(_value(key)) | {"description": key.metadata["doc"]} for name, key in leaf_keys(kind)}
+    keys: Schema = {}
+    for spec in fields(kind):
+        if is_dataclass(inner := typing.get_type_hints(kind)[spec.name]):
+            keys[spec.name] = _section(typing.cast(type, inner))
+    plain = ((name, key) for name, key in leaf_keys(kind) if "." not in name)
+    keys |= {name: _or_null(_value(key)) | {"description": key.metadata["doc"]} for name, key in plain}
     return _object(keys) | {"description": (kind.__doc__ or "").split("\n")[0]}
 
 

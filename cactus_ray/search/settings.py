@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cactus_ray.config import DataConfig, ModelConfig, ThreatConfig, TrainConfig, setting
 from cactus_ray.errors import ConfigError
 from cactus_ray.search.domains import leaf_keys
+from cactus_ray.search.ranking import RANKINGS
 from cactus_ray.verification.verdict import VerificationSettings
 
+SCHEDULERS = ("none", "asha")
 SAMPLERS = ("tpe", "nsga2", "random")
 EXECUTIONS = ("auto", "train", "direct")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """Which trials are stopped early: multi-objective successive halving on proxies at the extreme levels."""
+
+    name: str = setting("none", doc="none, or asha: multi-objective successive halving", choices=SCHEDULERS)
+    reduction: float = setting(
+        3.0, doc="the best 1/reduction at a rung go on; rungs are this factor apart", exclusive_minimum=1.0
+    )
+    min_epochs: int = setting(
+        1, doc="no trial is stopped before; the first rung costs as much as these epochs of the reference", minimum=1
+    )
+    ranking: str = setting("hypervolume", doc="order within a non-dominated front", choices=tuple(RANKINGS))
+    score: str = setting(
+        "rungs", doc="measure the proxies at rungs only, or after all epochs: whole curves for cactus-ray simulate",
+        choices=("rungs", "epochs"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +47,10 @@ class SearchSettings:
     )
     concurrency: int | None = setting(
         None, doc="trials at once; default: as many as fit. 1 makes the study reproducible", minimum=1
+    )
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings, metadata={"doc": "early stopping"})
+    dear: str = setting(
+        "front", doc="alpha and branch for points that may still reach the front, or for all", choices=("front", "all")
     )
 
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.config import RunConfig, parse
-from cactus_ray.errors import ConfigError
+from cactus_ray.errors import UserError
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.objectives import trial_metrics
+from cactus_ray.search.rivals import Rivals
+from cactus_ray.search.rungs import Cost, Rungs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records, RunStore, TrialRecord
@@ -27,11 +29,16 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class TrialStart:
-    """A trial that shall be trained."""
+    """A trial that shall be trained.
+
+    ``asked``: epochs after which it waits for an answer; ``scored``: epochs after which the proxies are measured.
+    """
 
     id: str
     number: int
     config: RunConfig
+    asked: tuple[int, ...] = ()
+    scored: tuple[int, ...] = ()
 
 
 class Study:
@@ -39,8 +46,8 @@ class Study:
 
     A new study begins with an ``study`` event; given the records of an earlier driver it goes on: complete, failed and
     stopped trials are kept, trained ones are only verified where they have no verdict yet, and those that were training
-    are trained again with the same configuration. ``worth`` is asked whether dear verification of a point can matter;
-    without it every point is verified as far as the settings say.
+    are trained again with the same configuration. ``cost``: of an epoch, for halving (see ``rungs.epoch_costs``);
+    without it every epoch costs 1.
     """
 
     def __init__(
@@ -50,12 +57,14 @@ class Study:
         records: Records,
         samples: Sequence[int],
         listeners: Sequence[Listener] = (),
-        worth: Worth | None = None,
+        cost: Cost | None = None,
     ) -> None:
         self.space, self.store, self.listeners = space, store, list(listeners)
         self.sampler = OptunaSampler(space)
         self.sampler.replay(records)
-        self.worth = worth
+        self.rungs = Rungs(space, records, cost)
+        self.worth: Worth | None = self._may_reach_the_front if space.search.dear == "front" else None
+        self.rivals = Rivals(space.front, records.points())
         self.pieces = Pieces(
             tuple(space.levels),
             tuple(samples),
@@ -81,11 +90,14 @@ class Study:
         self.numbers[trial.id] = trial.number
         if trial.status not in ("running", "trained"):
             return
+        if trial.status == "running" and self.rungs.stopped(trial.id):  # the last driver died with the answer
+            self.stopped(trial.id)
+            return
         config = parse(RunConfig, trial.config)
         self.configs[trial.id] = config
         self.earlier[trial.id] = trial
         if trial.status == "running" or not self._kept(trial):
-            self.restart.append(TrialStart(trial.id, trial.number, config))
+            self.restart.append(self._start(trial.id, trial.number, config))
             return
         self.verifying[trial.id] = Verification.of(trial, trial.id, self.pieces, trial.train_seconds or 0.0)
         self.waiting.append(trial.id)
@@ -140,20 +152,27 @@ class Study:
             started = {"event": "started", "trial": trial, "number": suggestion.number, "parameters": suggestion.values}
             try:
                 config = self.space.configuration(suggestion.values, suggestion.number)
-            except ConfigError as error:
+                cost = self.rungs.epoch_cost(config)
+            except UserError as error:
                 self._emit({**started, "config": {}, "config_hash": "", "seed": 0})
                 self.failed(trial, str(error))
                 continue
             plain = {"config": config.to_dict(), "config_hash": config.config_hash, "seed": config.seed}
-            self._emit({**started, **plain})
-            return TrialStart(trial, suggestion.number, config)
+            self._emit({**started, **plain, "epoch_cost": cost})
+            return self._start(trial, suggestion.number, config)
         return None
+
+    def _start(self, trial: str, number: int, config: RunConfig) -> TrialStart:
+        return TrialStart(trial, number, config, self.rungs.asked(config), self.rungs.scored(config))
 
     # --- what happens
 
-    def epoch(self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-        """An epoch of a trial ended."""
+    def epoch(self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> bool:
+        """An epoch of a trial ended; whether the trial goes on. A new decision is recorded with all that led to it."""
         self._emit({"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+        if (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
+            self._emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
+        return self.rungs.stopped(trial) is None
 
     def trained(
         self, trial: str, networks: Mapping[str, bytes], chosen: str, epochs: int, seconds: float
@@ -220,6 +239,20 @@ class Study:
             self._complete(trial, state)
         return chunks
 
+    def _may_reach_the_front(self, point: Mapping[str, Any]) -> bool:
+        """Whether dear verification of a point can matter to the front; if not, who beats it is recorded."""
+        trial, level = point["trial"], point["level"]
+        state = self.verifying[trial]
+        if level in state.spared:
+            return False
+        siblings = [self._point(trial, other, state) for other in self.space.levels if other != level]
+        rival = self.rivals.of(point, siblings)
+        if rival is None:
+            return True
+        state.spared[level] = [rival["trial"], rival["level"]]
+        self._emit({"event": "spared", "trial": trial, "levels": {level: state.spared[level]}})
+        return False
+
     def _complete(self, trial: str, state: Verification) -> None:
         if lost := state.lost:
             self.failed(trial, f"no verifier survived level {lost[0]}")
@@ -227,6 +260,7 @@ class Study:
         points = [self._point(trial, level, state) for level in self.space.levels]
         metrics = trial_metrics(points, state.train_seconds, self.space.front, self.reference)
         self._emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
+        self.rivals.add(points)
         del self.verifying[trial]
         self.finished += 1
         self.sampler.tell(self.numbers[trial], metrics, "completed")
@@ -244,9 +278,12 @@ class Study:
         self._emit({"event": "failed", "trial": trial, "error": error, "step": step})
         self._ended(trial, "failed")
 
-    def stopped(self, trial: str, reason: str) -> None:
-        """A trial was ended early on purpose."""
-        self._emit({"event": "stopped", "trial": trial, "reason": reason})
+    def stopped(self, trial: str, reason: str | None = None, seconds: float | None = None) -> None:
+        """A trial was ended early on purpose after so many seconds; without a reason, by the decision at its rung."""
+        decision = self.rungs.stopped(trial)
+        why = reason or (decision.reason if decision is not None else "asked to")
+        known = {} if seconds is None else {"train_seconds": seconds}
+        self._emit({"event": "stopped", "trial": trial, "reason": why, **known})
         self._ended(trial, "stopped")
 
     def _ended(self, trial: str, status: str) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.bounds.interval import ball, margins
+from cactus_ray.compression.levels import parse_level
+from cactus_ray.compression.materialize import materialize
 from cactus_ray.config import ThreatConfig
+from cactus_ray.errors import UserError
 from cactus_ray.training.workers import Workers
 
 _BATCH = 512
@@ -32,6 +37,20 @@ def proxy_accuracies(
     workers.mean_([hits])
     standard, certified_accuracy = (hits * workers.size / len(labels)).tolist()
     return standard, certified_accuracy
+
+
+def level_accuracies(
+    graph: Graph, params: Params, level: str, selection: tuple[Tensor, Tensor], threat: ThreatConfig, *,
+    workers: Workers, calibration: tuple[Tensor, Tensor] | None = None,
+) -> tuple[float, float]:  # fmt: skip
+    """``proxy_accuracies`` of the network that would be deployed at a level; NaN where the level does not fit it."""
+    images, labels = selection
+    try:
+        compressed = materialize(graph, params, parse_level(level), calibration, threat.domain)
+    except UserError:  # weights that overflow the level's format: the same on every worker
+        return math.nan, math.nan
+    tensors = {name: tensor.to(images.device) for name, tensor in compressed.params.items()}
+    return proxy_accuracies(compressed.graph, tensors, images, labels, threat, workers)
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:

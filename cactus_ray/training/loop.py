@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cactus_ray.bounds.graph import Params, Statistics
+from cactus_ray.compression.levels import parse_level
 from cactus_ray.config import RunConfig
-from cactus_ray.data import DataSet
+from cactus_ray.data import DataSet, calibration
 from cactus_ray.models.network import Network
 from cactus_ray.training import augment
 from cactus_ray.training.average import include
-from cactus_ray.training.evaluate import proxy_accuracies
+from cactus_ray.training.evaluate import level_accuracies, proxy_accuracies
 from cactus_ray.training.losses import ATTACKED
 from cactus_ray.training.methods import METHODS
 from cactus_ray.training.run import Run, network, save, start
@@ -44,13 +46,16 @@ class EpochReport:
 
     ``metrics``: loss (mean over the epoch), standard_accuracy and ibp_certified_accuracy (of the full network, on at
     most ``train.proxy_samples`` selection images), epsilon, standard_weight, learning_rate (of the last step), seconds.
-    ``save()`` gives the whole training state as bytes; call it before returning.
+    ``save()`` gives the whole training state as bytes; ``score(levels)`` standard_accuracy@LEVEL and
+    ibp_certified_accuracy@LEVEL of the networks that would be deployed at these levels, on the same images, and adds
+    its time to ``seconds``. Call them before returning, ``score`` on every worker and before ``save``.
     """
 
     epoch: int
     epochs: int
     metrics: dict[str, float]
     save: Callable[[], bytes]
+    score: Callable[[Sequence[str]], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,8 @@ def train(
     stopped = False
     while run.epoch < config.train.epochs and not stopped:
         metrics = _epoch(run)
-        go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run)))
+        score = functools.partial(_score, run, data, metrics)
+        go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run), score))
         stopped = _any_stops(run, not go_on)
     last = network(run, run.kept())
     best = network(run, run.best) if run.best is not None else last
@@ -103,6 +109,20 @@ def train(
     return TrainResult(
         best if config.train.keep == "best" else last, last, best, run.epoch, seconds, run.history, stopped
     )
+
+
+def _score(run: Run, data: DataSet, metrics: dict[str, float], levels: Sequence[str]) -> dict[str, float]:
+    """What ``EpochReport.score`` promises; its time is a cost of the epoch with these ``metrics``."""
+    started, kept = time.perf_counter(), run.kept()
+    found: dict[str, float] = {}
+    for level in levels:
+        images = calibration(data) if parse_level(level).needs_calibration else None
+        standard, certified = level_accuracies(
+            run.graph, kept, level, run.selection, run.config.threat, workers=run.workers, calibration=images
+        )
+        found |= {f"standard_accuracy@{level}": standard, f"ibp_certified_accuracy@{level}": certified}
+    metrics["seconds"] += time.perf_counter() - started
+    return found
 
 
 def _epoch(run: Run) -> dict[str, float]:

@@ -1,0 +1,218 @@
+"""Multi-objective asynchronous successive halving: which trial goes on, decided from reports alone.
+
+The stopping variant of ASHA (Li et al. 2020, arXiv 1810.05934), with non-dominated sorting in the place of one metric
+(Schmucker et al. 2021, arXiv 2106.12639). Rungs lie at ``first * reduction ** k`` of a resource. A trial that reaches a
+rung goes on if it is among the best ``1 / reduction`` of all that the rung has seen so far, itself included; as long as
+that share is less than one trial, whoever comes goes on. Nobody waits for others, and a decision is never taken back:
+those that a later and better trial would have stopped go on to the next rung.
+
+Pure: no clock, no Ray, no randomness. The same reports in the same order give the same decisions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cactus_ray.search.objectives import Constraint
+from cactus_ray.search.pareto import GOALS
+from cactus_ray.search.ranking import RANKINGS, Fronts, within_front
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What trials are compared by, and where. ``goals``: metric -> "maximize" | "minimize".
+
+    ``first``: resource of the lowest rung. Raises ValueError for anything that makes no sense.
+    """
+
+    goals: Mapping[str, str]
+    constraints: tuple[Constraint, ...] = ()
+    reduction: float = 3.0
+    first: float = 1.0
+    ranking: str = "hypervolume"
+
+    def __post_init__(self) -> None:
+        if not self.goals:
+            raise ValueError("no metric to compare trials by; expected at least one")
+        for metric, goal in self.goals.items():
+            if goal not in GOALS:
+                raise ValueError(f"goal of {metric} is {goal!r}; expected one of {', '.join(GOALS)}")
+        if not (math.isfinite(self.reduction) and self.reduction > 1):
+            raise ValueError(f"reduction is {self.reduction!r}; expected a finite number above 1")
+        if not (math.isfinite(self.first) and self.first > 0):
+            raise ValueError(f"the first rung is at {self.first!r}; expected a finite number above 0")
+        if self.ranking not in RANKINGS:
+            raise ValueError(f"ranking is {self.ranking!r}; expected one of {', '.join(RANKINGS)}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """All metrics that a report is read for."""
+        return tuple(dict.fromkeys([*self.goals, *(c.metric for c in self.constraints)]))
+
+    def rung(self, resource: float) -> float | None:
+        """The highest rung that ``resource`` has reached, as a resource; None below the first."""
+        if not resource >= self.first * (1 - 1e-9):
+            return None
+        rung = float(self.first)
+        while resource >= rung * self.reduction * (1 - 1e-9):  # epochs times a cost are hardly ever exact
+            rung *= self.reduction
+        return rung
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What became of a trial at a rung: it was ``rank``-th (from 1) ``of`` so many, and ``go_on`` or not.
+
+    ``values``: what was reported, None for what was missing or not finite. ``front``: its non-dominated front from 0,
+    None where it was not compared by objectives. ``of`` numbers the reports to a rung.
+    """
+
+    trial: str
+    rung: float
+    resource: float
+    progress: float
+    values: Mapping[str, float | None]
+    front: int | None
+    rank: int
+    of: int
+    go_on: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, which ``of_event`` reads back."""
+        return asdict(self)
+
+    @staticmethod
+    def of_event(event: Mapping[str, Any]) -> Decision:
+        """The decision in plain data that may hold more; KeyError, TypeError or ValueError where it does not fit."""
+        front = event["front"]
+        return Decision(
+            str(event["trial"]), float(event["rung"]), float(event["resource"]), float(event["progress"]),
+            {str(name): _finite(value) for name, value in dict(event["values"]).items()},
+            None if front is None else int(front), int(event["rank"]), int(event["of"]), bool(event["go_on"]),
+        )  # fmt: skip
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        return f"{self.rank} of {self.of} at rung {self.rung:g}"
+
+
+@dataclass(slots=True)
+class _Rung:
+    """All reports to one rung: feasible ones, infeasible ones (by violation), and those with a value missing."""
+
+    fronts: Fronts
+    violations: list[float] = field(default_factory=list)
+    broken: int = 0
+
+    @property
+    def count(self) -> int:
+        return self.fronts.count + len(self.violations) + self.broken
+
+
+class Halving:
+    """The rungs of one study. ``report`` decides; ``take_up`` repeats what was decided before.
+
+    Trials at a rung have used the same resource, so the comparison is at equal cost if the caller counts resources in
+    units of cost. They may be at different points of their schedules, and who is nearer to the end of its schedule
+    looks better for that reason alone. So the share of its own schedule that a trial has behind it
+    (``progress``) is one more column to be minimised: a trial is dominated only by those that are no nearer to their
+    end. Where whole trainings all cost the same, the column is constant and decides nothing.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.decisions: list[Decision] = []
+        self._standing: dict[str, Decision] = {}
+        self._rungs: dict[float, _Rung] = {}
+
+    def standing(self, trial: str) -> Decision | None:
+        """The last decision on a trial."""
+        return self._standing.get(trial)
+
+    def report(self, trial: str, resource: float, metrics: Mapping[str, Any], progress: float = 0.0) -> Decision | None:
+        """What stands for a trial that has used ``resource`` and measures ``metrics``; None below the first rung.
+
+        The first report at or beyond a rung is compared there (in the highest rung reached; rungs that were passed in
+        one step never see it); any other report repeats the decision that stands (the same object), so a trial that is
+        trained again gets the same answer. A report of a trial that has ended counts like any other.
+
+        A missing or non-finite objective or constrained metric ranks behind all others, an infeasible trial behind all
+        feasible ones, by the sum of its violations; equals rank in the order of their reports.
+        """
+        resource, progress = float(resource), float(progress)
+        rung, standing = self.rules.rung(resource), self.standing(trial)
+        if rung is None or (standing is not None and rung <= standing.rung * (1 + 1e-9)):
+            return standing
+        values = {name: _finite(metrics.get(name)) for name in self.rules.metrics}
+        place = self._rungs.setdefault(rung, _Rung(Fronts(len(self.rules.goals) + 1)))
+        front, rank = self._add(place, values, progress)
+        if front is not None:
+            rank += _within(place.fronts, front, self.rules.ranking)
+        of = place.count
+        kept = int(of / self.rules.reduction + 1e-9)
+        broken = any(value is None for value in values.values())
+        go_on = rank <= kept if kept else (not broken or rank == 1)
+        decision = Decision(trial, rung, resource, progress, values, front, rank, of, go_on)
+        self.decisions.append(decision)
+        self._standing[trial] = decision
+        return decision
+
+    def _add(self, place: _Rung, values: Mapping[str, float | None], progress: float) -> tuple[int | None, int]:
+        """Add a report to its rung; its front, and its rank if it were the first of its front."""
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(known) < len(values):
+            place.broken += 1
+            return None, place.count
+        violation = sum(max(c.violation(known[c.metric]), 0.0) for c in self.rules.constraints)
+        if violation > 0:
+            behind = bisect.bisect_right(place.violations, violation)
+            place.violations.insert(behind, violation)
+            return None, place.fronts.count + behind + 1
+        row = [known[m] * (-1.0 if goal == "maximize" else 1.0) for m, goal in self.rules.goals.items()]
+        front = place.fronts.add(np.array([*row, progress]))
+        return front, place.fronts.ahead_of(front) + 1
+
+    # --- state
+
+    def take_up(self, decisions: Iterable[Decision]) -> None:
+        """Continue from recorded decisions, in any order: ``of`` numbers those of a rung. Each stands as recorded."""
+        for recorded in sorted(decisions, key=lambda d: (d.rung, d.of)):
+            place = self._rungs.setdefault(recorded.rung, _Rung(Fronts(len(self.rules.goals) + 1)))
+            values = {name: _finite(recorded.values.get(name)) for name in self.rules.metrics}
+            self._add(place, values, recorded.progress)
+            self.decisions.append(recorded)
+            standing = self.standing(recorded.trial)
+            if standing is None or standing.rung < recorded.rung:
+                self._standing[recorded.trial] = recorded
+
+    def state(self) -> list[dict[str, Any]]:
+        """All there is to know, as plain JSON data: ``take_up(map(Decision.of_event, state))`` goes on from it."""
+        return [decision.to_dict() for decision in self.decisions]
+
+
+def replayed(rules: Rules, decisions: Iterable[Decision]) -> list[Decision]:
+    """The decisions that ``rules`` make on the reports behind recorded ones, rung by rung in the order of reports."""
+    again = Halving(rules)
+    for recorded in sorted(decisions, key=lambda d: (d.rung, d.of)):
+        again.report(recorded.trial, recorded.resource, recorded.values, recorded.progress)
+    return again.decisions
+
+
+def _within(fronts: Fronts, front: int, ranking: str) -> int:
+    """How many of its front are before the newest point; numbers grow with the order of reports."""
+    members = np.sort(fronts.fronts[front])
+    order = within_front(fronts.rows[members], ranking)
+    return int(np.flatnonzero(order == len(members) - 1)[0])
+
+
+def _finite(value: Any) -> float | None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if real and math.isfinite(value) else None

@@ -1,0 +1,73 @@
+"""Which points can no longer reach the front, whatever dear verification finds, so that it need not look.
+
+Fidelities are one ladder: epochs (``halving``), cheap verdicts on every sample, dear ones on what these left open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cactus_ray.search.pareto import losses, non_dominated
+
+Point = Mapping[str, Any]
+
+
+class Rivals:
+    """The front of all complete trials: whoever is beaten by anybody is beaten by one of these."""
+
+    def __init__(self, front: Mapping[str, str], points: Sequence[Point]) -> None:
+        self.front = front
+        self.points: list[Point] = []
+        self.add(points)
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Take up the points of a trial that is complete."""
+        found: list[Point] = [*self.points, *points]
+        keep = non_dominated(found, self.front)
+        self.points = [point for point, on_front in zip(found, keep, strict=True) if on_front]
+
+    def of(self, point: Point, siblings: Sequence[Point]) -> Point | None:
+        """Who beats ``point`` for good, among these and the other points of its trial."""
+        return bettered_by(point, [*self.points, *siblings], self.front)
+
+
+def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:
+    """The least and the largest value that a column of a point can have once its open samples are decided.
+
+    What is certified, falsified or measured stays; seconds of verification can only grow.
+    """
+    value = point.get(column)
+    if value is None:
+        return math.nan, math.nan
+    left = point["n_unknown"]
+    match column:
+        case "n_certified" | "n_falsified":
+            return value, value + left
+        case "certified_accuracy":
+            return value, (point["n_certified"] + left) / point["samples"]
+        case "n_unknown":
+            return 0, value
+        case "verify_seconds":
+            return value, math.inf
+    return value, value
+
+
+def bettered_by(
+    point: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]], front: Mapping[str, str]
+) -> Mapping[str, Any] | None:
+    """A rival whose worst outcome dominates the best one of ``point``, or None: then the point may reach the front.
+
+    ``rivals`` are points of trials that are complete, or of the same trial: a trial that fails takes its points along.
+    A point that is beaten here is beaten however its open samples are decided, also by somebody on the front.
+    """
+    best = {c: ends(point, c)[1 if goal == "maximize" else 0] for c, goal in front.items()}
+    worst = [{c: ends(rival, c)[0 if goal == "maximize" else 1] for c, goal in front.items()} for rival in rivals]
+    if not rivals:
+        return None
+    mine, others = losses([best], front)[0], losses(worst, front)
+    beaten = np.flatnonzero((others <= mine).all(axis=1) & (others < mine).any(axis=1))
+    return rivals[int(beaten[0])] if len(beaten) else None

@@ -1,0 +1,119 @@
+"""Halving in a study: which epochs are scored and judged, by which proxies, and at what cost an epoch counts.
+
+Resources are units of cost: epochs times the cost of an epoch relative to the study's reference configuration (every
+parameter's first value, the largest model), worked out from passes and multiply-accumulates and not measured, so that a
+study can be repeated. Trials at a rung have then cost the same, whatever their number of epochs, model or method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cactus_ray.compression.levels import parse_level
+from cactus_ray.compression.size import macs
+from cactus_ray.config import RunConfig
+from cactus_ray.models.network import Network
+from cactus_ray.search.halving import Decision, Halving, Rules
+from cactus_ray.search.records import Records
+from cactus_ray.search.settings import SchedulerSettings
+from cactus_ray.search.space import Space
+from cactus_ray.training.bench import ideal_units
+
+Cost = Callable[[RunConfig], float]
+PROXIES = ("standard_accuracy", "ibp_certified_accuracy")
+
+
+def extreme_levels(levels: Sequence[str]) -> tuple[str, ...]:
+    """The least and the most compressed level by nominal bits per weight; one where they are the same."""
+    bits = {level: nominal_bits(level) for level in levels}
+    ends = (max(levels, key=lambda level: bits[level]), min(levels, key=lambda level: bits[level]))
+    return tuple(dict.fromkeys(ends))
+
+
+def nominal_bits(text: str) -> float:
+    """Bits per weight of a level by its text alone: 32 for ``dense``, 0.8 for ``prune:gu-l1:0.9+int8``."""
+    level = parse_level(text)
+    kept = 1.0 - (level.sparsity or 0.0)
+    whole = 16 if level.quantise in ("fp16", "bf16") else 32
+    return (kept**2 if level.structured else kept) * (level.bits or whole)
+
+
+def proxy_goals(levels: Sequence[str]) -> dict[str, str]:
+    """The metrics that rungs compare: plain and IBP-certified accuracy at the extreme levels."""
+    return {f"{name}@{level}": "maximize" for level in extreme_levels(levels) for name in PROXIES}
+
+
+def rung_epochs(rules: Rules, least: int, epochs: int, cost: float) -> tuple[int, ...]:
+    """The first epochs, from ``least`` on, at or beyond a rung each, if an epoch costs ``cost``; never the last of all.
+
+    At its last epoch there is nothing left of a trial to save.
+    """
+    found, before = [], None
+    for epoch in range(least, epochs):
+        rung = rules.rung(epoch * cost)
+        if rung != before:
+            found.append(epoch)
+        before = rung
+    return tuple(found)
+
+
+def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> Cost:
+    """What an epoch of a configuration costs, in epochs of ``reference``; more than 0.
+
+    Passes of a step (``training.bench.ideal_units``) times multiply-accumulates of the full network. ``build`` makes
+    the untrained network, once per model.
+    """
+    sizes: dict[Any, tuple[Network, int]] = {}
+
+    def cost(config: RunConfig) -> float:
+        if config.model not in sizes:
+            network = build(config)
+            sizes[config.model] = network, macs(network.graph, network.params)
+        network, size = sizes[config.model]
+        passes = ideal_units(config, network.graph)
+        if passes is None:  # taps and staps: a box, and attacks of which the latent ones run in the tail only
+            passes = 9.0 + 2.0 * ((config.attack_steps or 0) + (config.latent_steps or 0))
+        return passes * size
+
+    whole = cost(reference)
+    return lambda config: cost(config) / whole
+
+
+class Rungs:
+    """The scheduler of a study. Without halving it asks nothing and stops nobody; records are the only memory."""
+
+    def __init__(self, space: Space, records: Records, cost: Cost | None = None) -> None:
+        self.settings: SchedulerSettings = space.search.scheduler
+        self.levels = extreme_levels(space.levels)
+        s = self.settings
+        nobody_asks = s.name == "none" and s.score == "rungs"
+        self.epoch_cost: Cost = (lambda config: 1.0) if cost is None or nobody_asks else cost
+        rules = Rules(
+            goals=proxy_goals(space.levels), reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking
+        )
+        self.halving = Halving(rules)
+        self.halving.take_up(decision for trial in records.trials.values() for decision in trial.rungs)
+
+    def asked(self, config: RunConfig) -> tuple[int, ...]:
+        """The epochs after which a trial is judged."""
+        if self.settings.name == "none":
+            return ()
+        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.epoch_cost(config))
+
+    def scored(self, config: RunConfig) -> tuple[int, ...]:
+        """The epochs after which the proxies are measured."""
+        return tuple(range(1, config.train.epochs + 1)) if self.settings.score == "epochs" else self.asked(config)
+
+    def report(self, trial: str, config: RunConfig, epoch: int, metrics: Mapping[str, Any]) -> Decision | None:
+        """A decision on a trial, if this epoch brings a new one."""
+        if epoch not in self.asked(config):
+            return None
+        before = self.halving.standing(trial)
+        decision = self.halving.report(trial, epoch * self.epoch_cost(config), metrics, epoch / config.train.epochs)
+        return None if decision is before else decision
+
+    def stopped(self, trial: str) -> Decision | None:
+        """The decision that ended a trial; None for one that may go on."""
+        standing = self.halving.standing(trial)
+        return None if standing is None or standing.go_on else standing
