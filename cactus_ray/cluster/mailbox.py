@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("epoch", "trained", "failed"), trial, content."""
+"""Kind ("begun", "epoch", "trained", "failed"), trial, content."""
 
 
 class Mailbox:

@@ -93,6 +93,7 @@ def describe(error: BaseException) -> str:
 def _train_direct(trial: str, run: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     from ray import tune
 
+    mailbox.put.remote(("begun", trial, {}))
     torch.set_num_threads(job.threads)
     device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
@@ -157,6 +158,8 @@ def _worker(config: dict[str, Any]) -> None:
     job: TrainJob = config["job"]
     torch.set_num_threads(job.threads)
     workers = TorchWorkers()
+    if workers.rank == 0:
+        config["mailbox"].put.remote(("begun", config["trial"], {}))
 
     def report(epoch: EpochReport) -> bool:
         if workers.rank > 0:

@@ -117,6 +117,8 @@ def _print_json(console: Console, value: Mapping[str, Any]) -> None:
 def _counts(records: Records) -> dict[str, Any]:
     states = [trial.status for trial in records.trials.values()]
     status = str(records.finished.get("status")) if records.finished else "running, or ended without a last word"
+    if records.finished and records.finished.get("reason"):
+        status += f" ({records.finished['reason']})"
     order = ("completed", "trained", "running", "stopped", "failed")
     return {"status": status, "trials": {state: states.count(state) for state in order if state in states}}
 

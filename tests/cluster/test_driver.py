@@ -38,6 +38,16 @@ def test_direct_and_ray_train_give_the_same_weights_as_a_plain_call(tmp_path: Pa
         assert torch.equal(tensor, found["train"][name]), name
 
 
+def test_a_limit_of_hours_ends_a_trial_in_flight_and_leaves_it_to_a_later_driver(tmp_path: Path) -> None:
+    endless = {**SPACE["train"], "epochs": 1_000_000}
+    records = run(space(train=endless, search={"trials": 3, "concurrency": 1, "max_hours": 8 / 3600}), tmp_path)
+    assert records.finished is not None
+    assert records.finished["status"] == "limit"
+    assert "search.max_hours" in records.finished["reason"]
+    assert [t.status for t in records.trials.values()] == ["running"]
+    assert records.trials["t0001"].epochs
+
+
 def test_two_workers_train_one_network(tmp_path: Path) -> None:
     longer = {**SPACE["train"], "epochs": 8}
     fast = {"method": {"value": "cactus"}, "learning_rate": {"value": 0.01}}
