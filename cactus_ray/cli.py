@@ -99,7 +99,10 @@ def _overrides(pairs: list[str] | None, **options: Any) -> dict[str, str]:
 
 @app.command()
 def search(
-    space: SpaceFile,
+    space: Annotated[Path | None, typer.Argument(help="YAML search space; or --resume.", show_default=False)] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="NAME", help="Go on with this run, with the space that it has.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the name in the space.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds runs.")] = Path("runs"),
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
@@ -131,8 +134,8 @@ def search(
 ) -> None:
     """Run a study, or go on with it: trials, verdicts, the front, and a report that opens offline."""
     from cactus_ray.commands.search import dry_run as print_cost
+    from cactus_ray.commands.search import resumed, settings, terminated_as_interrupt
     from cactus_ray.commands.search import search as run_search
-    from cactus_ray.commands.search import settings, terminated_as_interrupt
 
     overrides = _overrides(
         set_,
@@ -141,8 +144,16 @@ def search(
             "search.max_hours": max_hours, "search.max_gpu_hours": max_gpu_hours,
         },
     )  # fmt: skip
+    if (space is None) == (resume is None):
+        raise UserError(f"search: got {'both' if space else 'neither'}; expected a search space or --resume NAME")
+    if resume is not None:
+        for option, given in (("--name", name), ("--from-scratch", from_scratch or None), ("--from", source)):
+            if given is not None:
+                raise UserError(f"{option}: got {given}; expected nothing beside --resume, which goes on with a run")
+        name = resume
     options = settings(
-        space, overrides, name=name, runs=runs, address=address, storage=storage, init=init,
+        space or resumed(runs, str(resume)), overrides,
+        name=name, runs=runs, address=address, storage=storage, init=init,
         from_scratch=from_scratch, trust_code=trust_code, progress=not as_json, source=source,
         source_study=source_study,
     )  # fmt: skip

@@ -149,6 +149,15 @@ def settings(
     )
 
 
+def resumed(runs: Path, name: str) -> Path:
+    """The space of a run that shall go on. UserError where there is no such run."""
+    file = runs / name / "space.yaml"
+    if not (runs / name / "trials.jsonl").is_file() or not file.is_file():
+        known = sorted(path.parent.name for path in runs.glob("*/trials.jsonl"))
+        raise UserError(f"--resume: got {name!r}; expected a run in {runs}: {', '.join(known) or 'there is none'}")
+    return file
+
+
 def _tables(space: Space, store: RunStore) -> Any:
     def listener(event: Event) -> None:
         if event["event"] in ("completed", "failed", "stopped"):

@@ -42,12 +42,12 @@ def queue(console: Console, run: Path, values: Mapping[str, str], *, as_json: bo
     if as_json:
         console.print_json(json.dumps({"run": str(run), "values": plain, "trials_left": left}))
         return
-    console.print(f"queued: {parameters_text(plain)}", highlight=False, markup=False)
+    console.print(f"queued: {parameters_text(plain)}", highlight=False, markup=False, soft_wrap=True)
     if records.finished is not None:
         console.print(
             "no driver works on this study now; the next cactus-ray search of it takes this up"
             + ("" if left else f", with --trials {space.search.trials + 1} or more: all its trials are done"),
-            highlight=False, markup=False,
+            highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 
 

@@ -147,5 +147,5 @@ def check_point(space: Space, values: Mapping[str, Any], prefix: str = "") -> Po
                 raise ConfigError(f"{prefix}{name}", value, f"{fixed[name]}, which is fixed in this study")
         else:
             left[name] = value
-    shared = {k: space.base[k] for k in ("method", "certified_loss") if k in space.base}
+    shared: dict[str, Any] = {k: space.base[k] for k in ("method", "certified_loss") if k in space.base}
     return parse_point(left, space.parameters, prefix, shared)

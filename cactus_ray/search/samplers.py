@@ -20,7 +20,8 @@ MODEL_TRIALS = {"tpe": 2000, "gp": 200}
 def check_sampler(space: Space) -> None:
     """ConfigError, with the reason, where the sampler of the space cannot search it."""
     kind = space.search.sampler
-    if reason := {"cmaes": _no_cmaes, "grid": _no_grid}.get(kind, lambda space: None)(space):
+    check = {"cmaes": _no_cmaes, "grid": _no_grid}.get(kind)
+    if check is not None and (reason := check(space)):
         raise ConfigError("search.sampler", kind, f"another sampler, such as tpe: {reason}")
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cactus_ray import cli
-from cactus_ray.commands import estimate
+from cactus_ray.commands import estimate, search
 from cactus_ray.data import load
 from cactus_ray.errors import UserError
 from cactus_ray.models import create
@@ -142,6 +142,28 @@ def test_the_dashboard_is_optional_and_gets_a_copy(
     monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "optuna_dashboard" else real(name))
     status, _, _ = cactus_ray(capsys, "dashboard", run, "--port", "8123")
     assert (status, shown) == (0, [("tiny", "localhost", 8123)])
+
+
+def test_a_run_is_resumed_by_its_name_with_its_own_space(
+    run: Path, space: Space, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(search, "dry_run", lambda console, space, options, as_json: asked.append((space, options.run)))
+    arguments = ["search", "--resume", "tiny", "--runs", run.parent, "--trials", "4", "--dry-run"]
+    assert cactus_ray(capsys, *arguments)[0] == 0
+    ((found, folder),) = asked
+    assert folder == run
+    assert found.search.trials == 4
+    assert (found.parameters, found.base["train"]) == (space.parameters, space.base["train"])
+    for wrong, hint in (
+        (["--resume", "other", "--runs", run.parent], "--resume: got 'other'; expected a run in"),
+        (["--resume", "tiny", "--runs", run.parent, "--from-scratch"], "nothing beside --resume"),
+        ([run / "space.yaml", "--resume", "tiny"], "got both"),
+        ([], "got neither"),
+    ):
+        status, _, err = cactus_ray(capsys, "search", *wrong)
+        assert status == 2
+        assert hint in err
 
 
 # --- what it would cost --------------------------------------------------------------------------------------------

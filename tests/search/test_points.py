@@ -67,6 +67,15 @@ def test_what_is_fixed_by_hand_takes_the_points_along_or_out() -> None:
     assert space(learning_rate="0.01").points[0] == {"method": "sabr", "model.hidden": (64, 32)}
 
 
+def test_points_can_be_given_or_taken_away_by_hand() -> None:
+    assert space(**{"search.points": "[{method: sabr, standard_weight: 0.5}]"}).points == (
+        {"method": "sabr", "standard_weight": 0.5},
+    )
+    assert space(**{"search.points": "null"}).points == ()
+    with pytest.raises(ConfigError, match=r"--set search\.points\[0\]\.method"):
+        space(**{"search.points": "[{method: ibp}]"})
+
+
 @pytest.mark.parametrize(
     ("point", "place", "hint"),
     [
