@@ -18,7 +18,6 @@ from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
 from cactus_ray.report import figures, insight, tables
-from cactus_ray.search.budget import cpu_seconds, gpu_seconds
 from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
 from cactus_ray.search.samplers import MODEL_TRIALS
@@ -26,7 +25,6 @@ from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, read_records, with_front
 
 FEW_TRIALS = 30
-SPENT = {"CPU": cpu_seconds, "GPU": gpu_seconds}
 PROXIES = {
     "loss": "loss",
     "standard_accuracy": "standard accuracy",
@@ -232,9 +230,8 @@ def _cost_words(space: Space, records: Records, seconds: Mapping[str, tuple[floa
         f"{figures.duration_text(train)} of training and {figures.duration_text(verify)} of verification, "
         f"summed over {len(seconds)} trials, failed and stopped ones included."
     )
-    hours = {kind: spent(space.resources, train, verify) / 3600 for kind, spent in SPENT.items()}
-    words += " That is " + _and([f"{h:.3g} {kind} hours" for kind, h in hours.items() if h > 0]) + " as asked for"
-    words += f", in {figures.duration_text(sum(records.drivers))} of drivers' work." if records.drivers else "."
+    hours = [f"{value:.3g} hours {kind}" for kind, value in tables.spent_hours(space, records).items() if value > 0]
+    words += f" In all {_and(hours)}." if hours else ""
     stages = tables.ledger_text(records.ledger())
     return f"{words} Verifiers by stage: {stages}." if stages else words
 

@@ -75,7 +75,7 @@ def test_broken_trials_are_marked_on_the_front_and_the_page_shows_all(
     text = write_page(run).read_text()
     for identifier in ("slices", "parallel", "compute"):
         assert f'id="{identifier}"' in text
-    assert "CPU hours" in text
+    assert "hours of CPUs" in text
 
 
 def test_one_trial_has_nothing_to_compare(space: Space) -> None:
