@@ -47,7 +47,7 @@ def run(space: Space, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose first trial was really trained."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     study = Study(space, RunStore(folder), Records(), [0, 1])
-    (folder / "space.yaml").write_text(yaml.safe_dump(space.to_dict()))
+    (folder / "space.yaml").write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
     study.begin({"name": "tiny", "seed": 0, "init": None}, REFERENCE)
     start = study.next_trial()
     assert start is not None
