@@ -118,7 +118,10 @@ def _overrides(pairs: list[str] | None, **options: Any) -> dict[str, str]:
 
 @app.command()
 def search(
-    space: SpaceFile,
+    space: Annotated[Path | None, typer.Argument(help="YAML search space; or --resume.", show_default=False)] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="NAME", help="Go on with this run, with the space that it has.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the name in the space.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder that holds runs.")] = Path("runs"),
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
@@ -129,19 +132,53 @@ def search(
     ] = None,
     set_: Set = None,
     init: Init = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Warm start from another run, or an Optuna storage (URL, journal or SQLite file)."),
+    ] = None,
+    source_study: Annotated[
+        str | None, typer.Option("--from-study", help="Name of the study in an Optuna storage of several.")
+    ] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, help="Start no more trials than this.")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(help="End after so many hours of work, over all drivers of the run.")
+    ] = None,
+    max_gpu_hours: Annotated[float | None, typer.Option(help="End after so many hours of GPUs.")] = None,
     from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Delete a run of this name first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only profile a step of every method and print what the study costs.")
+    ] = False,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with it: trials, verdicts, the front, and a report that opens offline."""
+    from cactus_ray.commands.search import dry_run as print_cost
+    from cactus_ray.commands.search import resumed, settings, terminated_as_interrupt
     from cactus_ray.commands.search import search as run_search
-    from cactus_ray.commands.search import settings, terminated_as_interrupt
 
-    overrides = _overrides(set_, **{"search.trials": trials, "search.seed": seed})
-    options = settings(
-        space, overrides, name=name, runs=runs, address=address, storage=storage, init=init,
-        from_scratch=from_scratch, trust_code=trust_code, progress=not as_json,
+    overrides = _overrides(
+        set_,
+        **{
+            "search.trials": trials, "search.seed": seed, "search.max_trials": max_trials,
+            "search.max_hours": max_hours, "search.max_gpu_hours": max_gpu_hours,
+        },
     )  # fmt: skip
+    if (space is None) == (resume is None):
+        raise UserError(f"search: got {'both' if space else 'neither'}; expected a search space or --resume NAME")
+    if resume is not None:
+        for option, given in (("--name", name), ("--from-scratch", from_scratch or None), ("--from", source)):
+            if given is not None:
+                raise UserError(f"{option}: got {given}; expected nothing beside --resume, which goes on with a run")
+        name = resume
+    options = settings(
+        space or resumed(runs, str(resume)), overrides,
+        name=name, runs=runs, address=address, storage=storage, init=init,
+        from_scratch=from_scratch, trust_code=trust_code, progress=not as_json, source=source,
+        source_study=source_study,
+    )  # fmt: skip
+    if dry_run:
+        print_cost(out, *options, as_json=as_json)
+        return
     with terminated_as_interrupt():
         records = run_search(*options)
     _show_front(options[1].run, records, as_json)
@@ -153,6 +190,34 @@ def _show_front(run: Path, records: Any, as_json: bool) -> None:
     from cactus_ray.report.terminal import print_front
 
     print_front(out, run, records, as_json=as_json)
+
+
+@app.command()
+def suggest(run: Run, set_: Set = None, as_json: Json = False) -> None:
+    """Queue a configuration into a study, running or stopped; what --set leaves out is drawn."""
+    from cactus_ray.commands.study import queue
+
+    queue(out, run, _overrides(set_), as_json=as_json)
+
+
+@app.command()
+def explain(
+    run: Run,
+    trial: Annotated[str, typer.Argument(help="A trial, such as t0007.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Say why a trial was stopped or failed, or what dominates its points."""
+    from cactus_ray.commands.study import explain as print_explanation
+
+    print_explanation(out, run, trial, as_json=as_json)
+
+
+@app.command()
+def dashboard(run: Run, port: Annotated[int, typer.Option(help="Port on localhost.")] = 8080) -> None:
+    """Open a run in optuna-dashboard on localhost, from its records."""
+    from cactus_ray.commands.study import dashboard as show
+
+    show(out, run, port)
 
 
 @app.command()
@@ -224,7 +289,10 @@ def check(
 
 @app.command()
 def train(
-    space: SpaceFile,
+    space: Annotated[Path | None, typer.Argument(help="YAML search space; or --trial.", show_default=False)] = None,
+    trial: Annotated[
+        str | None, typer.Option("--trial", metavar="RUN/TRIAL", help="Repeat this trial, such as runs/digits/t0007.")
+    ] = None,
     to: Annotated[Path, typer.Option("--out", help="Network file to write (.safetensors).")] = Path(
         "network.safetensors"
     ),
@@ -233,10 +301,16 @@ def train(
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
-    """Train one configuration, without a search and without Ray. Every parameter of the space needs a value (--set)."""
+    """Train one configuration without Ray: of a space whose every parameter has a value (--set), or of a trial."""
+    from cactus_ray.commands.single import of_space, of_trial
     from cactus_ray.commands.single import train as run_train
 
-    run_train(out, space, _overrides(set_), to, init=init, trust_code=trust_code, as_json=as_json)
+    if (space is None) == (trial is None):
+        raise UserError(f"train: got {'both' if space else 'neither'}; expected a search space or --trial RUN/TRIAL")
+    if trial is not None and set_:
+        raise UserError(f"--set: got {set_[0]!r}; expected nothing beside --trial, which repeats a trial as it was")
+    training = of_trial(trial, init) if trial is not None else of_space(space or Path(), _overrides(set_))
+    run_train(out, training, to, init=init, trust_code=trust_code, as_json=as_json)
 
 
 @app.command()
@@ -322,7 +396,7 @@ def simulate(
     run: Annotated[
         Path, typer.Argument(help="Folder of a run whose curves are replayed; with --synthetic also a space.")
     ],
-    sampler: Annotated[str, typer.Option(help="tpe, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="tpe, nsga2, nsga3, gp, cmaes or random.")] = "tpe",
     scheduler: Annotated[str, typer.Option(help="none or asha.")] = "asha",
     reduction: Annotated[float, typer.Option(help="The best 1/reduction at a rung go on.")] = 3.0,
     min_epochs: Annotated[int, typer.Option(min=1, help="No trial is stopped before.")] = 1,

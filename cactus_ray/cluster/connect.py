@@ -55,6 +55,12 @@ def connected(
         ray.shutdown()
 
 
+def node_shapes() -> list[dict[str, float]]:
+    """CPUs and GPUs of every node that is alive."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{kind: float(found.get(kind, 0.0)) for kind in ("CPU", "GPU")} for found in alive]
+
+
 def _enough_cpus() -> int | None:
     """What Ray finds itself, but two logical CPUs at least: a trial and a verifier can share one core."""
     return None if (os.cpu_count() or 1) > 1 else 2

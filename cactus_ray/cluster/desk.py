@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import logging
 import threading
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import ray
 
 from cactus_ray.cluster.broker import Cut, Job, Lost
 from cactus_ray.cluster.mailbox import Message
-from cactus_ray.cluster.resources import Plan
+from cactus_ray.cluster.resources import Plan, missing
 from cactus_ray.cluster.verifier import ChunkFailure, labels_of
 from cactus_ray.cluster.verifier_pool import Outcome, VerifierPool
 from cactus_ray.errors import RunFailedError
@@ -19,6 +20,10 @@ from cactus_ray.search.chunks import Chunk
 from cactus_ray.search.study import Study
 
 POLL_SECONDS = 0.05
+PENDING_SECONDS = 60.0
+"""After this long a trial whose training has not begun is said to wait, and for what."""
+
+logger = logging.getLogger(__name__)
 
 
 class Desk:
@@ -29,6 +34,8 @@ class Desk:
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.error: BaseException | None = None
+        self.over: str | None = None
+        self.pending: dict[str, float] = {}
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
@@ -46,6 +53,11 @@ class Desk:
                 self.take_mail()
                 for found in self.pool.poll(POLL_SECONDS):
                     self._judge(found)
+                self.name_pending()
+                self.over = self.study.budget.over()
+                if self.over and self.study.in_flight:
+                    _thread.interrupt_main()  # trials in flight stay as they are in the records, for a later driver
+                    return
         except BaseException as error:  # the main thread must learn of it, whatever it is
             with self.changed:
                 self.error = error
@@ -57,6 +69,9 @@ class Desk:
         with self.changed:
             messages: list[Message] = ray.get(self.mailbox.take.remote())
             for kind, trial, content in messages:
+                self.pending.pop(trial, None)
+                if kind == "begun":
+                    continue
                 if kind == "epoch":
                     self.study.epoch(trial, **content)
                 elif kind == "rung":
@@ -69,6 +84,16 @@ class Desk:
                     self.study.failed(trial, **content)
             if messages:
                 self.changed.notify_all()
+
+    def name_pending(self) -> None:
+        """Say once of every trial that waits too long for its resources what it waits for."""
+        with self.lock:
+            late = [t for t, since in self.pending.items() if time.monotonic() - since > PENDING_SECONDS]
+            for trial in late:
+                del self.pending[trial]
+        if late:
+            words = missing(self.study.space.resources, ray.available_resources())
+            logger.warning("%s: not begun after %g s: %s", ", ".join(late), PENDING_SECONDS, words)
 
     def _offer(self, chunks: list[Chunk]) -> None:
         """Queue chunks, each trial's for itself."""
@@ -113,13 +138,14 @@ class Desk:
         deadline = time.monotonic() + wait
         with self.changed:
             while True:
-                if self.error is not None or self.study.done:
+                if self.error is not None or self.over or self.study.done:
                     return "finished"
                 shares = self.shares
                 free = len(self.study.training) < shares.training and self.study.in_flight < shares.in_flight
                 free = free and not self.pool.broker.full
                 start = self.study.next_trial() if free else None
                 if start is not None:
+                    self.pending[start.id] = time.monotonic()
                     rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
                     return {"trial": start.id, "run": start.config.to_dict(), "rungs": rungs}
                 left = deadline - time.monotonic()
@@ -129,6 +155,7 @@ class Desk:
 
     def trainer_ended(self, trial: str, error: bool) -> None:
         """Tune says that a trial's function ended; one that died without mail has failed."""
+        self.pending.pop(trial, None)
         if not error:
             return
         self.take_mail()

@@ -22,7 +22,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from cactus_ray.cluster.broker import Broker, Limits
-from cactus_ray.cluster.connect import connected
+from cactus_ray.cluster.connect import connected, node_shapes
 from cactus_ray.cluster.desk import Desk
 from cactus_ray.cluster.mailbox import Mailbox
 from cactus_ray.cluster.resources import Plan, execution_of, plan
@@ -96,7 +96,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
     with contextlib.ExitStack() as stack:
         nested = execution_of(space.resources) == "train"
         available = stack.enter_context(connected(options.address, needs_dashboard=nested, cpus=options.cpus))
-        shares = plan(space, available)
+        shares = plan(space, available, node_shapes())
         folder = stack.enter_context(_scratch(options.storage))
         listener = stack.enter_context(attach()) if attach else None
         with _recorded_end(study, listener):
@@ -106,7 +106,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
             try:
                 _tune(desk, _job(space, shares, folder, options), shares, folder)
             except KeyboardInterrupt:
-                if desk.error is None:
+                if desk.error is None and not desk.over:
                     raise
             finally:
                 desk.close()
@@ -136,9 +136,10 @@ def _recorded_end(study: Study, listener: Listener | None) -> Iterator[None]:
     if listener is not None:
         study.listeners.append(listener)
     begin, status = time.monotonic(), "failed"
+    study.work()
     try:
         yield
-        status = "completed"
+        status = "limit" if study.budget.over() else "completed"
     except KeyboardInterrupt:
         status = "interrupted"
         raise

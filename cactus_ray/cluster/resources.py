@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cactus_ray.errors import UserError
@@ -37,20 +37,26 @@ def execution_of(resources: ResourceSettings) -> str:
     return "train" if resources.workers > 1 or resources.gpus_per_worker > 0 else "direct"
 
 
-def plan(space: Space, available: Mapping[str, float]) -> Plan:
+def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()) -> Plan:
     """Share ``available`` ({"CPU": ..., "GPU": ...}) between trials and verifiers.
 
+    ``nodes``: the same by node, because no worker and no verifier is spread over two; without it there is one node.
     Raises UserError with the numbers if not even one trial and the verifiers fit.
     """
     r = space.resources
     execution = execution_of(r)
-    fitting = _fitting(r, available.get("CPU", 0.0), available.get("GPU", 0.0))
+    shape = list(nodes) or [available]
+    fitting = _fitting(r, shape)
     if fitting < 1:
+        largest = ""
+        if len(shape) > 1:
+            by_node = ", ".join(_amounts(node) for node in shape[:8]) + (", ..." if len(shape) > 8 else "")
+            largest = f" in {len(shape)} nodes ({by_node}), and a worker or verifier has to fit one of them"
         raise UserError(
             f"resources: a trial needs {r.workers * r.cpus_per_worker:g} CPU and {r.workers * r.gpus_per_worker:g} GPU "
             f"beside {r.verifiers} verifier(s) of {r.cpus_per_verifier:g} CPU and {r.gpus_per_verifier:g} GPU, but the "
-            f"cluster has {available.get('CPU', 0.0):g} CPU and {available.get('GPU', 0.0):g} GPU; lower workers, "
-            "verifiers or what each of them asks for, or use a larger cluster"
+            f"cluster has {_amounts(available)}{largest}; lower workers, verifiers or what each of them asks for, or "
+            "use a larger cluster"
         )
     wanted = space.search.concurrency
     training = fitting if wanted is None else min(fitting, wanted)
@@ -66,16 +72,39 @@ def plan(space: Space, available: Mapping[str, float]) -> Plan:
     return Plan(execution, training, in_flight, trial_resources, verifier_resources, r.verifiers)
 
 
-def _fitting(r: ResourceSettings, cpus: float, gpus: float) -> int:
+def missing(resources: ResourceSettings, free: Mapping[str, float]) -> str:
+    """What a trial that is not scheduled waits for, in numbers. ``free``: what the cluster has left."""
+    wanted = {
+        "CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpus_per_worker
+    }  # fmt: skip
+    lacking = {kind: amount - free.get(kind, 0.0) for kind, amount in wanted.items()}
+    short = " and ".join(f"{amount:g} {kind}" for kind, amount in lacking.items() if amount > TINY)
+    text = f"it needs {_amounts(wanted)}, {_amounts(free)} are free"
+    if short:
+        return f"{text}: {short} are missing (what else runs on this cluster, or has a node gone?)"
+    return f"{text}: enough in all, so no single node has room for a worker, or Ray is still starting it"
+
+
+def _amounts(of: Mapping[str, float]) -> str:
+    return f"{of.get('CPU', 0.0):g} CPU and {of.get('GPU', 0.0):g} GPU"
+
+
+def _fitting(r: ResourceSettings, nodes: Sequence[Mapping[str, float]]) -> int:
     """Trials that fit beside the verifiers; 0 also where the verifiers alone do not fit."""
-    by_cpu = int((cpus - r.verifiers * r.cpus_per_verifier) / (r.workers * r.cpus_per_worker) + TINY)
-    if by_cpu < 1 or (r.gpus_per_worker <= 0 and r.gpus_per_verifier <= 0):
-        return max(by_cpu, 0)
-    free = [1.0] * int(gpus + TINY)
-    if not all(_place(free, r.gpus_per_verifier) for _ in range(r.verifiers)):
+    cpus = [node.get("CPU", 0.0) for node in nodes]
+    gpus = [[1.0] * int(node.get("GPU", 0.0) + TINY) for node in nodes]
+
+    def placed(wanted_cpus: float, wanted_gpus: float) -> bool:
+        for i, free in enumerate(gpus):
+            if cpus[i] + TINY >= wanted_cpus and _place(free, wanted_gpus):
+                cpus[i] -= wanted_cpus
+                return True
+        return False
+
+    if not all(placed(r.cpus_per_verifier, r.gpus_per_verifier) for _ in range(r.verifiers)):
         return 0
     trials = 0
-    while trials < by_cpu and all(_place(free, r.gpus_per_worker) for _ in range(r.workers)):
+    while all(placed(r.cpus_per_worker, r.gpus_per_worker) for _ in range(r.workers)):
         trials += 1
     return trials
 

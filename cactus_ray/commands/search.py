@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import re
 import shutil
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from cactus_ray.cluster.driver import DriverOptions, run_study
+from cactus_ray.commands.estimate import estimate, print_estimate, refuse_full_disk
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
@@ -24,23 +27,29 @@ from cactus_ray.models.network import load as load_network
 from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
 from cactus_ray.report.tracking_actor import tracking
+from cactus_ray.search.checkpoints import prune_checkpoints
 from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.space import NAME, Space, load_space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
 from cactus_ray.search.study import Event, Study
+from cactus_ray.search.warm import past_of
 
 LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
 WORST_SECONDS = 86_400.0
+_MAY_CHANGE = ("search.trials", "search.points", "search.keep", "data.root", "wandb", "resources")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOptions:
-    """Where and how a search runs; what it searches is the space."""
+    """Where and how a search runs; what it searches is the space. ``source``: a run or an Optuna storage whose
+    completed trials are told first, ``source_study`` the name of the study in a storage."""
 
     run: Path
     from_scratch: bool = False
     progress: bool = True
+    source: str | None = None
+    source_study: str | None = None
     driver: DriverOptions = field(default_factory=DriverOptions)
 
 
@@ -49,13 +58,14 @@ def search(space: Space, options: SearchOptions) -> Records:
 
     Raises UserError for bad input; KeyboardInterrupt and SoundnessError pass through after the records are closed.
     """
-    data = load(space.data, ("train", "selection"))
     example = example_configuration(space)
-    # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
-    untrained = _untrained(example, data, options)
+    data, untrained = prepared(space, options)
+    refuse_full_disk(space, data, untrained, options.run)
     store = _open(space, options)
     with store.lock():
         records = read_records(store.path) if store.file.exists() else Records()
+        reference = records.study.get("reference_point") or reference_point(space, untrained)
+        past = _past(space, options, records, reference)
         count = None if space.samples == "selection" else int(space.samples)
         samples = subset(len(data.labels["selection"]), count).tolist()
         with StudyProgress(space, records, enabled=options.progress) as progress:
@@ -64,7 +74,9 @@ def search(space: Space, options: SearchOptions) -> Records:
                 epoch_costs(example, lambda run: _untrained(run, data, options)),
             )  # fmt: skip
             if not records.study:
-                study.begin(describe(space, data), reference_point(space, untrained))
+                study.begin(describe(space, data) | {"init": _digest(options.driver.init)}, reference)
+            if past is not None:
+                study.warm(past)
             try:
                 if not study.done:
                     run_study(study, options.driver, lambda: tracking(space, store.path))
@@ -77,6 +89,38 @@ def search(space: Space, options: SearchOptions) -> Records:
 
 def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network:
     return create(run, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
+
+
+def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
+    """The data, and an untrained network of the space's largest model."""
+    data = load(space.data, ("train", "selection"))
+    # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
+    return data, _untrained(example_configuration(space), data, options)
+
+
+def dry_run(console: Console, space: Space, options: SearchOptions, *, as_json: bool) -> None:
+    """Print what the study would cost; nothing is written."""
+    data, untrained = prepared(space, options)
+    found = estimate(space, data, untrained, options.run, options.driver.address)
+    print_estimate(console, found, as_json=as_json)
+
+
+def _digest(init: bytes | None) -> str | None:
+    return None if init is None else hashlib.sha256(init).hexdigest()
+
+
+def _past(
+    space: Space, options: SearchOptions, records: Records, reference: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """What ``--from`` brings; None without it, and where the records have it already."""
+    if options.source is None or any(event["source"] == options.source for event in records.past):
+        return None
+    if records.trials:
+        raise UserError(
+            f"--from: {options.run} has {len(records.trials)} trials already; a warm start comes before the first one "
+            "(choose another --name)"
+        )
+    return past_of(options.source, options.source_study, space, reference)
 
 
 def example_configuration(space: Space) -> RunConfig:
@@ -97,6 +141,7 @@ def anchored(space: Space) -> Space:
 def settings(
     space_file: Path, overrides: Mapping[str, str], *, name: str | None, runs: Path, address: str | None,
     storage: str | None, init: Path | None, from_scratch: bool, trust_code: bool, progress: bool,
+    source: str | None = None, source_study: str | None = None,
 ) -> tuple[Space, SearchOptions]:  # fmt: skip
     """The space and the options that the command line describes. Raises UserError for bad input."""
     space = anchored(load_space(space_file, overrides))
@@ -105,13 +150,29 @@ def settings(
     start = pack(load_network(init)) if init is not None else None
     driver = DriverOptions(address=address, storage=storage, trust_code=trust_code, init=start)
     run = runs / (name or space.name)
-    return space, SearchOptions(run=run, from_scratch=from_scratch, progress=progress, driver=driver)
+    if source is None and source_study is not None:
+        raise UserError(f"--from-study: got {source_study!r}; expected nothing without --from")
+    return space, SearchOptions(
+        run=run, from_scratch=from_scratch, progress=progress, source=source, source_study=source_study, driver=driver
+    )
+
+
+def resumed(runs: Path, name: str) -> Path:
+    """The space of a run that shall go on. UserError where there is no such run."""
+    file = runs / name / "space.yaml"
+    if not (runs / name / "trials.jsonl").is_file() or not file.is_file():
+        known = sorted(path.parent.name for path in runs.glob("*/trials.jsonl"))
+        raise UserError(f"--resume: got {name!r}; expected a run in {runs}: {', '.join(known) or 'there is none'}")
+    return file
 
 
 def _tables(space: Space, store: RunStore) -> Any:
     def listener(event: Event) -> None:
-        if event["event"] == "completed":
-            write_tables(store.path, read_records(store.path), space.front)
+        if event["event"] in ("completed", "failed", "stopped"):
+            records = read_records(store.path)
+            write_tables(store.path, records, space.front)
+            if space.search.keep == "front":
+                prune_checkpoints(store.path, records, space.front)
 
     return listener
 
@@ -140,10 +201,10 @@ def _open(space: Space, options: SearchOptions) -> RunStore:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first key that differs; the number of trials may grow, and where data lie or work runs may change."""
+    """The first key that differs; the number of trials may grow, and limits, points and where work runs may change."""
     for key in sorted({*before, *now}):
         place = f"{path}{key}"
-        if place in ("search.trials", "data.root", "wandb", "resources"):
+        if place in _MAY_CHANGE or place.startswith(("search.max_", "search.plateau")):
             continue
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

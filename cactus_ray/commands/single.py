@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from rich.table import Table
 
 from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.commands.pick import stages
+from cactus_ray.commands.report import space_of
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
 from cactus_ray.commands.sources import Files, deployed_files
 from cactus_ray.compression.family import Family
-from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
+from cactus_ray.config import DataConfig, RunConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import load
 from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.models.network import load as load_network
-from cactus_ray.models.network import save
+from cactus_ray.models.network import pack, save
 from cactus_ray.search.space import load_space
+from cactus_ray.search.store import read_records
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
 from cactus_ray.verification.cascade import SoundnessError, VerificationSettings
@@ -38,25 +40,56 @@ BATCH_OF_RESULTS = 20
 """Samples at once where results are recorded: what a killed run loses at most."""
 
 
-def train(
-    console: Console, space_file: Path, overrides: Mapping[str, str], to: Path, *,
-    init: Path | None, trust_code: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Train the one configuration that a space with every parameter fixed describes, and write its network files:
-    ``to`` as ``train.keep`` says, and beside it the best (on selection) or the last one.
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One configuration to train, on so many threads. ``sha256``: of the network that a study made of it, or None."""
 
-    Raises UserError naming the parameters that have no value yet, RunFailedError where the loss is not finite.
-    """
+    config: RunConfig
+    threads: int
+    sha256: str | None = None
+
+
+def of_space(space_file: Path, overrides: Mapping[str, str]) -> Training:
+    """The one configuration that a space with every parameter fixed describes. UserError naming those that are not."""
     space = load_space(space_file, overrides)
-    if to.suffix != ".safetensors":
-        raise UserError(f"--out: got {str(to)!r}; expected a file name that ends in .safetensors")
     if space.parameters:
         names = ", ".join(parameter.name for parameter in space.parameters)
         raise UserError(f"{space_file}: no value for {names}; give each one with --set NAME=VALUE")
-    config = space.configuration({}, 0)
+    return Training(space.configuration({}, 0), space.resources.threads)
+
+
+def of_trial(text: str, init: Path | None) -> Training:
+    """The configuration of a trial, named RUN/TRIAL, such as runs/digits/t0007.
+
+    Raises UserError where there is no such trial, and where ``init`` is not the network that its study started from.
+    """
+    run, name = Path(text).parent, Path(text).name
+    records, space = read_records(run), space_of(run)
+    trial = records.trials.get(name)
+    if trial is None or not trial.config:
+        raise UserError(f"--trial: got {text!r}; expected RUN/TRIAL with a trial of {run}: {', '.join(records.trials)}")
+    wanted = records.study.get("init")
+    found = None if init is None else hashlib.sha256(pack(load_network(init))).hexdigest()
+    if found != wanted:
+        what = "no --init" if wanted is None else f"--init with the network of SHA-256 {wanted}"
+        raise UserError(f"--init: got {init and str(init)!r}; expected {what}, as the study of {text} was started")
+    return Training(parse(RunConfig, trial.config), space.resources.threads, trial.sha256)
+
+
+def train(
+    console: Console, training: Training, to: Path, *, init: Path | None, trust_code: bool, as_json: bool
+) -> None:
+    """Train one configuration and write its network files: ``to`` as ``train.keep`` says, and beside it the best (on
+    selection) or the last one. Of a trial, say whether the network is the study's, byte by byte.
+
+    Raises RunFailedError where the loss is not finite.
+    """
+    config = training.config
+    if to.suffix != ".safetensors":
+        raise UserError(f"--out: got {str(to)!r}; expected a file name that ends in .safetensors")
     start = load_network(init) if init else None
     data = load(config.data, ("train", "selection"))
-    torch.set_num_threads(space.resources.threads)
+    torch.set_num_threads(training.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json) as progress:
         task = progress.add_task("epochs", total=config.train.epochs)
@@ -74,11 +107,16 @@ def train(
     save(result.network, to)
     other = "best" if config.train.keep == "last" else "last"
     save(result.best if other == "best" else result.last, to.with_suffix(f".{other}.safetensors"))
+    same = training.sha256 and hashlib.sha256(pack(result.network)).hexdigest() == training.sha256
     summary_ = {"network": str(to), "config_hash": config.config_hash, **result.history[-1], "seconds": result.seconds}
+    summary_ |= {} if same is None else {"same_network": same}
     if as_json:
         console.print_json(json.dumps(summary_))
-    else:
-        console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s", highlight=False)
+        return
+    console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s", highlight=False)
+    if same is not None:
+        other = "another network than the study's: the same bytes need its machine type, threads and workers"
+        console.print("the network of the study, byte by byte" if same else other, highlight=False)
 
 
 def verify(

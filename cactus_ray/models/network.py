@@ -40,8 +40,17 @@ def pack(network: Network) -> bytes:
         "provenance": json.dumps(network.provenance, sort_keys=True),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in sorted(network.params.items())}
-    data: bytes = safetensors.torch.save(tensors, metadata=header)
-    return data
+    return _in_order(safetensors.torch.save(tensors, metadata=header))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in another order every time."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def unpack(data: bytes, source: str = "network") -> Network:

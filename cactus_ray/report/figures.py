@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import plotly.graph_objects as go
@@ -53,7 +53,7 @@ def hover(point: Point) -> str:
     """Everything that is known of a point, as Plotly text."""
     low, high = wilson(point["n_certified"], point["samples"])
     lines = [
-        f"<b>{_safe(point['trial'])} · {_safe(point['level'])}</b> ({_safe(point['method'])})",
+        f"<b>{safe(point['trial'])} · {safe(point['level'])}</b> ({safe(point['method'])})",
         f"certified {point['certified_accuracy']:.1%} (95 %: {low:.1%} to {high:.1%})",
         f"unknown {point['n_unknown']}, falsified {point['n_falsified']} of {point['samples']};"
         f" upper end {upper_end(point):.1%}",
@@ -64,11 +64,11 @@ def hover(point: Point) -> str:
     return "<br>".join(lines)
 
 
-def front_figure(points: Sequence[Point], epsilon: float) -> go.Figure:
+def front_figure(points: Sequence[Point], epsilon: float, broken: Set[str] = frozenset()) -> go.Figure:
     """Certified accuracy against file size; standard accuracy is colour, unknown samples are intervals.
 
     The step line joins the front's best certified accuracies for a size; points of the front below it are there for
-    another objective.
+    another objective. ``broken``: trials that do not meet a constraint, marked by a cross.
     """
     figure = go.Figure()
     rest = [p for p in points if not p["on_front"]]
@@ -81,7 +81,7 @@ def front_figure(points: Sequence[Point], epsilon: float) -> go.Figure:
         "reversescale": True,
     }
     if rest:
-        marker = {"size": 8, "opacity": 0.5, "line": {"width": 0}}
+        marker = {"size": 8, "opacity": 0.5, "line": {"width": 0}, "symbol": _symbols(rest, broken)}
         figure.add_trace(_scatter(rest, "dominated", marker, scale, MUTED))
     if best:
         steps = _staircase(best)
@@ -100,10 +100,11 @@ def front_figure(points: Sequence[Point], epsilon: float) -> go.Figure:
             "x": 1.0, "xanchor": "right", "y": 1.02, "yanchor": "bottom",
         }  # fmt: skip
         marker = {"size": 12, "line": {"width": 1.5, "color": INK}, "showscale": True, "colorbar": bar}
+        marker |= {"symbol": _symbols(best, broken)}
         figure.add_trace(_scatter(best, "on the front", marker, scale, INK))
     figure.update_xaxes(type="log", title_text="bytes of model.onnx (k = 1,000)", tickformat="~s", **_decades(points))
     figure.update_yaxes(title_text=f"certified accuracy at epsilon {epsilon:g}", tickformat=".0%")
-    return _dressed(figure, 560, top=70)
+    return dressed(figure, 560, top=70)
 
 
 def curves_figure(points: Sequence[Point]) -> go.Figure:
@@ -121,14 +122,14 @@ def curves_figure(points: Sequence[Point]) -> go.Figure:
             go.Scatter(
                 x=[p["bytes"] for p in levels], y=[p["certified_accuracy"] for p in levels], mode="lines+markers",
                 line={"color": colour, "dash": dash, "width": 2}, marker={"size": 6},
-                visible="legendonly" if hidden else True, name=f"{_safe(trial)}{' ★' if trial in leading else ''}",
+                visible="legendonly" if hidden else True, name=f"{safe(trial)}{' ★' if trial in leading else ''}",
                 meta="front" if trial in leading else None,
                 text=[hover(p) for p in levels], hovertemplate="%{text}<extra></extra>",
             )
         )  # fmt: skip
     figure.update_xaxes(type="log", title_text="bytes of model.onnx (k = 1,000)", tickformat="~s", **_decades(points))
     figure.update_yaxes(title_text="certified accuracy", tickformat=".0%")
-    return _dressed(figure, 460 + 10 * (len(trials) // 6))
+    return dressed(figure, 460 + 10 * (len(trials) // 6))
 
 
 def importances_figure(importances: Mapping[str, Mapping[str, float]]) -> go.Figure:
@@ -139,14 +140,14 @@ def importances_figure(importances: Mapping[str, Mapping[str, float]]) -> go.Fig
     for number, (objective, shares) in enumerate(importances.items()):
         figure.add_trace(
             go.Bar(
-                x=[shares.get(name, 0.0) for name in order], y=[_safe(name) for name in order], orientation="h",
-                name=_safe(objective), marker={"color": COLOURS[number % len(COLOURS)]},
+                x=[shares.get(name, 0.0) for name in order], y=[safe(name) for name in order], orientation="h",
+                name=safe(objective), marker={"color": COLOURS[number % len(COLOURS)]},
                 hovertemplate="%{y}: %{x:.0%}<extra>%{fullData.name}</extra>",
             )
         )  # fmt: skip
     figure.update_xaxes(title_text="importance", tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(type="category", automargin=True)
-    return _dressed(figure, 140 + len(order) * (16 + 12 * len(importances)), top=56, legend="above")
+    return dressed(figure, 140 + len(order) * (16 + 12 * len(importances)), top=56, legend="above")
 
 
 def cost_figure(seconds: Mapping[str, tuple[float, float]]) -> go.Figure:
@@ -155,14 +156,14 @@ def cost_figure(seconds: Mapping[str, tuple[float, float]]) -> go.Figure:
     for column, (name, colour) in enumerate((("training", COLOURS[0]), ("verification", COLOURS[5]))):
         figure.add_trace(
             go.Bar(
-                x=[_safe(trial) for trial in seconds], y=[pair[column] for pair in seconds.values()], name=name,
+                x=[safe(trial) for trial in seconds], y=[pair[column] for pair in seconds.values()], name=name,
                 marker={"color": colour}, hovertemplate="%{x}: %{y:.1f} s<extra>" + name + "</extra>",
             )
         )  # fmt: skip
     figure.update_layout(barmode="stack")
     figure.update_xaxes(type="category")
     figure.update_yaxes(title_text="seconds", rangemode="tozero")
-    return _dressed(figure, 340, top=40, legend="above")
+    return dressed(figure, 340, top=40, legend="above")
 
 
 def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], metric: str) -> go.Figure:
@@ -175,14 +176,18 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], metric
             figure.add_trace(
                 go.Scatter(
                     x=[e["epoch"] for e in epochs], y=values, mode="lines" if len(epochs) > 1 else "markers",
-                    name=_safe(trial), line={"color": colour, "dash": dash, "width": 1.5},
-                    hovertemplate="epoch %{x}: %{y:.4g}<extra>" + _safe(trial) + "</extra>",
+                    name=safe(trial), line={"color": colour, "dash": dash, "width": 1.5},
+                    hovertemplate="epoch %{x}: %{y:.4g}<extra>" + safe(trial) + "</extra>",
                 )
             )  # fmt: skip
     figure.update_xaxes(title_text="epoch")
     if metric.endswith("accuracy"):
         figure.update_yaxes(tickformat=".0%")
-    return _dressed(figure, 260, legend="none")
+    return dressed(figure, 260, legend="none")
+
+
+def _symbols(points: Sequence[Point], broken: Set[str]) -> list[str]:
+    return ["x" if p["trial"] in broken else "circle" for p in points]
 
 
 def _scatter(points: Sequence[Point], name: str, marker: dict[str, Any], scale: dict[str, Any], bar: str) -> go.Scatter:
@@ -225,11 +230,11 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _safe(text: Any) -> str:
+def safe(text: Any) -> str:
     return html.escape(str(text))
 
 
-def _dressed(figure: go.Figure, height: int, *, top: int = 20, legend: str = "below") -> go.Figure:
+def dressed(figure: go.Figure, height: int, *, top: int = 20, legend: str = "below") -> go.Figure:
     axis = {
         "gridcolor": GRID,
         "linecolor": MUTED,

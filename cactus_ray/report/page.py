@@ -17,9 +17,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
-from cactus_ray.report import figures, tables
+from cactus_ray.report import figures, insight, tables
+from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
-from cactus_ray.search.sampler import OptunaSampler
+from cactus_ray.search.samplers import MODEL_TRIALS
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, read_records, with_front
 
@@ -48,8 +49,8 @@ def write_page(run: Path) -> Path:
 def render(run: Path, space: Space, records: Records) -> str:
     """The page as text. ``run`` is only named, in the commands that the page proposes."""
     points = with_front(records, space.front)
-    importances, importance_note = _importances(space, records)
-    charts = _charts(space, records, points, importances)
+    importances_, importance_note = _importances(space, records)
+    charts = _charts(space, records, points, importances_)
     seconds = tables.seconds_by_trial(records)
     context = {
         "name": space.name,
@@ -63,7 +64,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "example": tables.example_command(run, points, space.front),
         "front_trials": tables.front_trials(run, records, points),
         "importance_note": importance_note,
-        "cost_words": _cost_words(seconds, records.ledger()),
+        "cost_words": _cost_words(space, records, seconds),
         "training": [{"id": f"training-{m}", "title": t} for m, t in PROXIES.items() if f"training-{m}" in charts],
         "losses": tables.lost_trials(records),
         "trials": tables.trial_rows(space, records),
@@ -71,6 +72,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "space": yaml.safe_dump(space.to_dict(), sort_keys=False, allow_unicode=True),
         "footer": _footer(records),
         "ids": list(charts),
+        "constrained": bool(space.constraints),
         "figures": script_json({name: json.loads(chart.to_json()) for name, chart in charts.items()}),
         "plotly": Markup(get_plotlyjs()),
         "css": Markup(_asset("page.css")),
@@ -103,12 +105,18 @@ def _charts(
     """The figures by the id of their place on the page; one that has nothing to show is absent."""
     charts: dict[str, Any] = {}
     if points:
-        charts["front"] = figures.front_figure(points, space.threat.epsilon)
+        charts["front"] = figures.front_figure(points, space.threat.epsilon, broken_trials(space, records))
         charts["curves"] = figures.curves_figure(points)
     if any(importances.values()):
         charts["importances"] = figures.importances_figure({k: v for k, v in importances.items() if v})
+    complete = insight.complete_trials(space, records)
+    if len(complete) > 1 and insight.varied(space, complete):
+        charts["slices"] = insight.slices_figure(space, complete)
+        charts["parallel"] = insight.parallel_figure(space, complete)
     if seconds := tables.seconds_by_trial(records):
         charts["cost"] = figures.cost_figure(seconds)
+        leading = {p["trial"] for p in points if p["on_front"]}
+        charts["compute"] = insight.compute_figure(insight.compute(records, leading))
     histories = {trial.id: trial.epochs for trial in records.trials.values() if trial.epochs}
     for metric in PROXIES:
         if (figure := figures.training_figure(histories, metric)).data:
@@ -119,15 +127,14 @@ def _charts(
 def _importances(space: Space, records: Records) -> tuple[dict[str, dict[str, float]], str]:
     """Importances by objective, and what may be read from them."""
     complete = sum(t.status == "completed" for t in records.trials.values())
-    sampler = OptunaSampler(space)
     try:
-        sampler.replay(records)
+        found = importances(space, records)
     except UserError as error:
         return {}, f"Not computed: {error}"
-    found = sampler.importances()
     if not any(found.values()):
         return {}, f"Too few trials to say: {complete} complete, and at least 4 with different results are needed."
-    note = f"Share of each parameter in the variation of each objective (fANOVA, {complete} complete trials)."
+    method = f"{evaluator_name(complete)}, {complete} complete trials"
+    note = f"Share of each parameter in the variation of each objective ({method})."
     if complete < FEW_TRIALS:
         note += f" With fewer than {FEW_TRIALS} trials this is a hint at most: another seed may order them differently."
     return found, note
@@ -137,7 +144,9 @@ def _status(records: Records) -> dict[str, str]:
     if records.finished is None:
         return {"kind": "open", "text": "running, or ended without a last word"}
     status = str(records.finished.get("status"))
-    return {"kind": {"completed": "good", "failed": "bad"}.get(status, "open"), "text": status}
+    if reason := records.finished.get("reason"):
+        status += f" ({reason})"
+    return {"kind": {"completed": "good", "failed": "bad"}.get(status.split(" ")[0], "open"), "text": status}
 
 
 def _numbers(space: Space, records: Records, points: Sequence[figures.Point]) -> list[tuple[str, str]]:
@@ -178,7 +187,8 @@ def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> l
         ("levels", ", ".join(space.levels)),
         (
             "trials",
-            ", ".join([*(f"{n} {s}" for s, n in states.items()), f"{open_} running"]) + f" ({space.search.sampler})",
+            ", ".join([*(f"{n} {s}" for s, n in states.items()), f"{open_} running"])
+            + f" ({_sampler(space, records)})",
         ),
         (
             "samples",
@@ -186,6 +196,17 @@ def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> l
         ),
         ("verifier", ", ".join(f"{_words(k)} {v}" for k, v in verifier.items() if k != "samples")),
     ]
+
+
+def _sampler(space: Space, records: Records) -> str:
+    """The sampler, what it was told of other studies, and of how much of a long study its model is made."""
+    words, limit = f"drawn by {space.search.sampler}", MODEL_TRIALS.get(space.search.sampler)
+    past = sum(len(event["trials"]) for event in records.past)
+    if past:
+        words += f"; {past} past trials of {_and([str(event['source']) for event in records.past])}"
+    if limit is not None and past + len(records.trials) > limit:
+        words += f"; its model: the newest and the non-dominated {limit:,} trials"
+    return words
 
 
 def _warnings(records: Records, points: Sequence[figures.Point]) -> list[str]:
@@ -198,13 +219,20 @@ def _warnings(records: Records, points: Sequence[figures.Point]) -> list[str]:
     return found
 
 
-def _cost_words(seconds: Mapping[str, tuple[float, float]], ledger: Mapping[str, float]) -> str:
+def broken_trials(space: Space, records: Records) -> frozenset[str]:
+    """Complete trials that do not meet a constraint."""
+    return frozenset(t.trial for t in insight.complete_trials(space, records) if not t.met)
+
+
+def _cost_words(space: Space, records: Records, seconds: Mapping[str, tuple[float, float]]) -> str:
     train, verify = (sum(pair[i] for pair in seconds.values()) for i in (0, 1))
     words = (
         f"{figures.duration_text(train)} of training and {figures.duration_text(verify)} of verification, "
         f"summed over {len(seconds)} trials, failed and stopped ones included."
     )
-    stages = tables.ledger_text(ledger)
+    hours = [f"{value:.3g} hours {kind}" for kind, value in tables.spent_hours(space, records).items() if value > 0]
+    words += f" In all {_and(hours)}." if hours else ""
+    stages = tables.ledger_text(records.ledger())
     return f"{words} Verifiers by stage: {stages}." if stages else words
 
 

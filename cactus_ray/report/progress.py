@@ -96,6 +96,15 @@ class StudyProgress:
         self.open[event["trial"]] = _Trial()
         if not self.live:
             self._say(f"{event['trial']} started: {parameters_text(event['parameters'])}")
+        if event.get("note"):
+            self._say(f"{event['trial']} is {event['note']}")
+
+    def _on_past(self, event: Mapping[str, Any]) -> None:
+        self._say(f"{len(event['trials'])} past trials taken from {event['source']}, {len(event['skipped'])} left out")
+        for note in event["notes"]:
+            self._say(f"  {note}")
+        for row in event["skipped"]:
+            self._say(f"  left out {row['trial']}: {row['why']}")
 
     def _on_epoch(self, event: Mapping[str, Any]) -> None:
         trial = self.open.setdefault(event["trial"], _Trial())

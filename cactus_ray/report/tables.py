@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.report.figures import Point, duration_text, size_text, upper_end
+from cactus_ray.search.budget import cpu_seconds, gpu_seconds, train_seconds
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import knee
 from cactus_ray.search.space import Space
@@ -162,12 +163,18 @@ def seconds_by_trial(records: Records) -> dict[str, tuple[float, float]]:
     found = {}
     for trial in records.trials.values():
         verify = sum(trial.ledger.values())
-        train = trial.train_seconds
-        if train is None:
-            train = sum(float(e["metrics"].get("seconds") or 0.0) for e in trial.epochs)
+        train = train_seconds(trial)
         if train or verify:
-            found[trial.id] = (float(train), float(verify))
+            found[trial.id] = (train, float(verify))
     return found
+
+
+def spent_hours(space: Space, records: Records) -> dict[str, float]:
+    """Hours that drivers worked, and hours of CPUs and GPUs as they were asked for; what limits are held against."""
+    pairs = seconds_by_trial(records).values()
+    train, verify = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    cpu, gpu = (spent(space.resources, train, verify) / 3600 for spent in (cpu_seconds, gpu_seconds))
+    return {"of work": sum(records.drivers) / 3600, "of CPUs": cpu, "of GPUs": gpu}
 
 
 def ledger_text(ledger: Mapping[str, float]) -> str:

@@ -34,8 +34,8 @@ def overridden(
             by_name[key] = replace(by_name[key], domain=choice) if key in by_name else Parameter(key, choice)
         elif name and section in SECTIONS:
             keys: dict[str, Key | None] = dict(leaf_keys(SECTIONS[section]))
-            if section == "verification":
-                keys["samples"] = None
+            if section in ("verification", "search"):
+                keys["samples" if section == "verification" else "points"] = None
             if name not in keys:
                 raise ConfigError(path, value, f"no such key; one of {', '.join(f'{section}.{k}' for k in keys)}")
             spec = keys[name]

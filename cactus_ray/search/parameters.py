@@ -117,12 +117,13 @@ def _checked_condition(parameter: Parameter, found: Mapping[str, tuple[Parameter
             raise ConfigError(here, list(values), f"a parameter with single values; {name} is continuous")
         converted = [run_keys()[name].convert(value, here) for value in values]
         for value in (v for v in converted if not domain.contains(v)):
-            raise ConfigError(here, value, f"a value that {name} can take: {_shown(domain)}")
+            raise ConfigError(here, value, f"a value that {name} can take: {shown(domain)}")
         when.append((name, tuple(converted)))
     return replace(parameter, when=tuple(when))
 
 
-def _shown(domain: Choices | Range) -> str:
+def shown(domain: Choices | Range) -> str:
+    """A domain in words."""
     return ", ".join(map(str, domain.values)) if isinstance(domain, Choices) else f"{domain.low} to {domain.high}"
 
 

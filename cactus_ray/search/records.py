@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cactus_ray.errors import UserError
 from cactus_ray.search.halving import Decision
@@ -25,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 EVENTS = (
     "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
-    "finished",
+    "finished", "driver", "past",
 )  # fmt: skip
 _TEXT = ("trial", "level", "method", "split", "config_hash")
 _COUNTS = ("samples", "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs")
@@ -70,16 +70,25 @@ class TrialRecord:
     losses: dict[str, int] = field(default_factory=dict)
     started: float | None = None
     ended: float | None = None
+    origin: str = "sampler"
+    note: str | None = None
 
 
 @dataclass(slots=True)
 class Records:
-    """All records of a run, in the order of the file. ``damaged_lines``: lines that could not be read."""
+    """All records of a run, in the order of the file. ``damaged_lines``: lines that could not be read.
+
+    ``past``: what was taken from other studies. ``drivers``: seconds between the first and the last event of each
+    driver, or as many as it said it worked: time in which none worked is in none of them.
+    """
 
     study: dict[str, Any] = field(default_factory=dict)
     trials: dict[str, TrialRecord] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
     damaged_lines: int = 0
+    past: list[dict[str, Any]] = field(default_factory=list)
+    drivers: list[float] = field(default_factory=list)
+    _begun: float | None = field(default=None, repr=False, compare=False)
 
     def points(self) -> list[dict[str, Any]]:
         """One row per (trial, level) of the completed trials."""
@@ -122,6 +131,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
     """Add one event; False if it does not fit what is known."""
     kind = event["event"]
+    _clock(records, event)
     if kind == "study":
         if event.get("schema") != SCHEMA:
             raise UserError(f"{file}: records of schema {event.get('schema')!r}; this version reads {SCHEMA}")
@@ -130,6 +140,11 @@ def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
         records.finished = event
     else:
         records.finished = None  # something happened after the end: the run was resumed
+        if kind == "driver":
+            return True
+        if kind == "past":
+            records.past.append(event)
+            return isinstance(event.get("trials"), list)
         if kind == "started":
             return _start(records, event)
         trial = records.trials.get(event.get("trial", ""))
@@ -139,11 +154,28 @@ def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
     return True
 
 
+def _clock(records: Records, event: Mapping[str, Any]) -> None:
+    """Follow how long drivers worked. A driver that was killed has no last word: its last event counts."""
+    now = event.get("time")
+    if not _finite(now):
+        return
+    begun = records._begun
+    if event["event"] in ("study", "driver") or begun is None:
+        begun = float(now)
+        records.drivers.append(0.0)
+    records.drivers[-1] = max(float(now) - begun, 0.0)
+    records._begun = begun
+    if event["event"] == "finished":
+        records._begun = None
+        if _finite(event.get("seconds")):
+            records.drivers[-1] = max(records.drivers[-1], float(event["seconds"]))
+
+
 def _start(records: Records, event: dict[str, Any]) -> bool:
     trial, number = event.get("trial"), event.get("number")
     if not isinstance(trial, str) or not isinstance(number, int):
         return False
-    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost")
+    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost", "origin", "note")
     known = {key: event[key] for key in keys if key in event}
     records.trials[trial] = TrialRecord(trial, number, started=event.get("time"), **known)
     return True
@@ -286,5 +318,5 @@ def _point_fault(point: Mapping[str, Any], trial: Any) -> str | None:
     return None
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,35 +10,49 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.distributions import BaseDistribution
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)  # fmt: skip
 from optuna.trial import FrozenTrial, TrialState
 
 from cactus_ray.errors import UserError
-from cactus_ray.search.domains import Choices, Range
-from cactus_ray.search.objectives import feasible
-from cactus_ray.search.parameters import Parameter
-from cactus_ray.search.records import Records
+from cactus_ray.search.encoding import distributions, drawn, encoded, to_optuna
+from cactus_ray.search.model import ModelStorage, Shown
+from cactus_ray.search.past import PastTrial, past_trial, told
+from cactus_ray.search.records import Records, TrialRecord
+from cactus_ray.search.samplers import MODEL_TRIALS, grid
 from cactus_ray.search.space import Space
 
-_STATES = {"completed": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
+STATES = {"completed": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
 _REDRAWS = 8  # of the sampler itself; then as many at random, for a sampler that has settled on one point
-_INACTIVE = "(inactive)"
+_NOTES_ASKS = ("nsga2", "nsga3", "cmaes")
+"""Samplers that write down, when they are asked, to which generation a trial belongs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """The active values of one trial, by parameter name. Numbers count from 1."""
+    """The active values of one trial, by parameter name. Numbers count from 1.
+
+    ``origin``: sampler, point (of the space) or suggested (by hand). ``note``: what should be said of it.
+    """
 
     number: int
     values: dict[str, Any]
+    origin: str = "sampler"
+    note: str | None = None
 
 
 class OptunaSampler:
@@ -46,40 +60,62 @@ class OptunaSampler:
 
     Every ask draws from a generator of its own, derived from (seed, number of the trial, attempt); with the study's
     history that is all the state there is, so a study that is resumed goes on as if it had not been interrupted.
+    Points of the space come first, then whatever is queued, then what the sampler proposes.
     """
 
     def __init__(self, space: Space) -> None:
         self.space = space
+        self.exhausted = False
         self._number = 0
         self._trials: dict[int, optuna.Trial] = {}
-        self._values: dict[int, dict[str, Any]] = {}
+        self._drawn: list[dict[str, Any]] = []
         self._seen: set[str] = set()
-        with _quiet():
-            self._study = optuna.create_study(directions=[o.goal for o in space.objectives])
+        self._queue = [("point", dict(point)) for point in space.points]
+        self._grid = grid(space) if space.search.sampler == "grid" else None
+        limit = MODEL_TRIALS.get(space.search.sampler)
+        self._shown = None if limit is None else Shown(limit)
+        self._storage = ModelStorage()
+        with quiet():
+            self._study = optuna.create_study(directions=[o.goal for o in space.objectives], storage=self._storage)
 
-    def ask(self) -> Suggestion:
-        """The next configuration. One that was drawn before is drawn again, at most ``2 * _REDRAWS`` times."""
+    def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Try these values next; parameters that a point leaves out are drawn. Those tried before are left out."""
+        self._queue += [("suggested", dict(point)) for point in points]
+
+    def ask(self) -> Suggestion | None:
+        """The next configuration. One that was drawn before is drawn again, at most ``2 * _REDRAWS`` times, and then
+        said to be a repetition. None, and ``exhausted``, when a grid is through."""
+        origin, fixed = self._next_fixed()
+        if fixed is None:
+            return None
         self._number += 1
-        with _quiet():
+        note = None
+        with quiet():
             for attempt in range(2 * _REDRAWS + 1):
-                trial = self._ask(attempt)
+                trial = self._ask(attempt, fixed)
                 values = self._suggest(trial)
-                last = attempt == 2 * _REDRAWS or not self.space.parameters
-                if last or _identity(values) not in self._seen:
+                if _identity(values) not in self._seen or not self.space.parameters:
+                    break
+                if attempt == 2 * _REDRAWS:
+                    note = f"a repetition: {attempt} redraws found nothing new"
                     break
                 self._study.tell(trial, state=TrialState.FAIL)
-        return self._opened(self._number, trial, values)
+        return self._opened(Suggestion(self._number, values, origin, note), trial)
 
     def adopt(self, number: int, values: Mapping[str, Any]) -> Suggestion:
         """Let the trial that was just asked for run with other values of this space; the drawn ones guide nothing.
 
         Raises UserError for values that this space would not ask for.
         """
-        recorded = self._encoded(f"number {number}", values)
-        with _quiet():
+        try:
+            recorded = encoded(self.space, values)
+        except ValueError as error:
+            raise UserError(f"number {number}: {error}") from None
+        with quiet():
             self._study.tell(self._trials.pop(number), state=TrialState.FAIL)
-            trial = self._ask(attempt=0, recorded=recorded)
-            return self._opened(number, trial, self._suggest(trial))
+            trial = self._ask(0, recorded)
+            taken = self._suggest(trial)
+        return self._opened(Suggestion(number, taken), trial)
 
     def tell(self, number: int, metrics: Mapping[str, float] | None, status: str) -> str:
         """End a trial and return the status that counts.
@@ -87,101 +123,138 @@ class OptunaSampler:
         ``status``: completed, failed or stopped. A completed trial whose objectives and constrained metrics are not all
         there and finite counts as failed. Raises KeyError for a number that is not running.
         """
-        if status not in _STATES:
-            raise ValueError(f"status {status!r}; expected one of {', '.join(_STATES)}")
+        if status not in STATES:
+            raise ValueError(f"status {status!r}; expected one of {', '.join(STATES)}")
         trial = self._trials.pop(number)
-        needed = [o.metric for o in self.space.objectives] + [c.metric for c in self.space.constraints]
-        if status == "completed" and not all(_is_finite((metrics or {}).get(name)) for name in needed):
+        past = told(self.space, {}, metrics) if status == "completed" else None
+        if status == "completed" and past is None:
             status = "failed"
-        with _quiet():
-            if status == "completed" and metrics is not None:
-                for name, violation in feasible(metrics, self.space.constraints).items():
+        with quiet():
+            if past is not None:
+                for name, violation in past.violations.items():
                     trial.set_constraint(name, violation)
-                self._study.tell(trial, [metrics[o.metric] for o in self.space.objectives])
+                self._study.tell(trial, past.objectives)
             else:
-                self._study.tell(trial, state=_STATES[status])
+                self._study.tell(trial, state=STATES[status])
+        self._remember(trial.number, status, past)
         return status
 
+    def warm(self, past: Sequence[PastTrial]) -> None:
+        """Take up completed trials of another study, before the first ask. What they tried is not drawn again."""
+        for trial in past:
+            self._add(trial.values, "completed", trial)
+
     def replay(self, records: Records) -> None:
-        """Take up the trials of a run: finished ones are told, the others stay open until they are told.
+        """Take up the trials of a run, after what it took from others: finished ones are told, the others stay open
+        until they are told.
 
         Raises UserError if a trial was drawn from another space than this one.
         """
+        self.warm([past_trial(row) for event in records.past for row in event["trials"]])
         for record in sorted(records.trials.values(), key=lambda r: r.number):
             self._number = record.number
-            recorded = self._encoded(record.id, record.parameters)
-            with _quiet():
-                trial = self._ask(attempt=0, recorded=recorded)
-                values = self._suggest(trial)
-            self._opened(record.number, trial, values)
-            if record.status in _STATES:
-                self.tell(record.number, record.metrics, record.status)
+            try:
+                recorded = encoded(self.space, record.parameters)
+            except ValueError as error:
+                raise UserError(
+                    f"trial {record.id} was drawn from another space: {error}; search under another --name or with "
+                    "--from-scratch"
+                ) from None
+            self._replayed(record, recorded)
 
-    def importances(self) -> dict[str, dict[str, float]]:
-        """Share of each parameter in the variation of each objective (fANOVA), largest first.
-
-        Empty for an objective where too few trials, or none that differ, say anything.
-        """
-        with _quiet():
-            return {o.metric: self._importance(i) for i, o in enumerate(self.space.objectives)}
+    def _replayed(self, record: TrialRecord, recorded: dict[str, Any]) -> None:
+        kind = self.space.search.sampler
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.parameters.items()}
+        if record.status in STATES and kind not in _NOTES_ASKS:
+            past = told(self.space, values, record.metrics) if record.status == "completed" else None
+            self._add(values, "failed" if record.status == "completed" and past is None else record.status, past)
+            self._drawn.append(values)
+            return
+        with quiet():
+            trial = self._ask(0, recorded)
+            self._suggest(trial)
+        self._opened(Suggestion(record.number, values), trial)
+        if record.status in STATES:
+            self.tell(record.number, record.metrics, record.status)
 
     # --- Optuna's side
 
-    def _opened(self, number: int, trial: optuna.Trial, values: dict[str, Any]) -> Suggestion:
-        self._trials[number], self._values[trial.number] = trial, values
-        self._seen.add(_identity(values))
-        return Suggestion(number, values)
+    def _next_fixed(self) -> tuple[str, dict[str, Any] | None]:
+        """What is given of the next configuration, as Optuna holds it, and by whom; None if there is none."""
+        while self._queue:
+            origin, point = self._queue.pop(0)
+            if not any(point.items() <= values.items() for values in self._drawn):
+                return origin, self._encode(point)
+        for values in self._grid or ():
+            if _identity(values) not in self._seen:
+                return "sampler", self._encode(values)
+        self.exhausted = self._grid is not None
+        return "sampler", None if self.exhausted else {}
 
-    def _ask(self, attempt: int, recorded: Mapping[str, Any] | None = None) -> optuna.Trial:
+    def _encode(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.name: to_optuna(p.domain, point[p.name]) for p in self.space.parameters if p.name in point}
+
+    def _opened(self, suggestion: Suggestion, trial: optuna.Trial) -> Suggestion:
+        self._trials[suggestion.number] = trial
+        self._seen.add(_identity(suggestion.values))
+        self._drawn.append(suggestion.values)
+        return suggestion
+
+    def _add(self, values: dict[str, Any], status: str, past: PastTrial | None) -> None:
+        """A trial that has ended, without asking for it."""
+        params = self._encode(values)
+        attributes = {f"{name}:generation": 0 for name in ("NSGAIISampler", "NSGAIIISampler")} if past else {}
+        trial = optuna.create_trial(
+            state=STATES[status], params=params, distributions=distributions(self.space, params),
+            values=past.objectives if past else None, constraints=past.violations if past else None,
+            system_attrs=attributes,
+        )  # fmt: skip
+        with quiet():
+            self._study.add_trial(trial)
+        self._seen.add(_identity(values))
+        self._remember(len(self._storage.get_all_trials(self._study._study_id, deepcopy=False)) - 1, status, past)
+
+    def _remember(self, number: int, status: str, past: PastTrial | None) -> None:
+        """Note an ended trial for the sampler's model; failed ones are nothing to it."""
+        if self._shown is None or status == "failed":
+            return
+        losses = None
+        if past is not None and all(violation <= 0 for violation in past.violations.values()):
+            signs = [-1.0 if o.goal == "maximize" else 1.0 for o in self.space.objectives]
+            losses = [sign * value for sign, value in zip(signs, past.objectives, strict=True)]
+        self._shown.add(number, losses)
+
+    def _ask(self, attempt: int, fixed: Mapping[str, Any]) -> optuna.Trial:
         text = f"{self.space.search.seed}/{self._number}/{attempt}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         kind = "random" if attempt > _REDRAWS else self.space.search.sampler
-        sampler = _sampler(kind, seed, self.space.search.trials)
-        self._study.sampler = sampler if recorded is None else _Recorded(sampler, recorded)
-        return self._study.ask()
+        sampler = make_sampler(kind, seed, self.space.search.trials)
+        self._study.sampler = _Fixed(sampler, fixed) if fixed else sampler
+        with self._modelled():
+            return self._study.ask()
 
     def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        for parameter in self.space.parameters:
-            if self.space.is_active(parameter, values):
-                values[parameter.name] = _drawn(trial, parameter)
+        with self._modelled():
+            for parameter in self.space.parameters:
+                if self.space.is_active(parameter, values):
+                    values[parameter.name] = drawn(trial, parameter)
         return values
 
-    def _encoded(self, trial: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Recorded values as Optuna holds them; UserError unless they are just what this space would ask for."""
-        encoded: dict[str, Any] = {}
-        active: dict[str, Any] = {}
-        for parameter in self.space.parameters:
-            if self.space.is_active(parameter, active):
-                value = values.get(parameter.name)
-                plain = tuple(value) if isinstance(value, list) else value
-                if not parameter.domain.contains(plain):
-                    raise _other_space(trial, f"{parameter.name} = {value!r} is not in this one")
-                active[parameter.name], encoded[parameter.name] = plain, _to_optuna(parameter.domain, plain)
-        if unasked := set(values) - set(active):
-            raise _other_space(trial, f"this one would not ask for {', '.join(sorted(unasked))}")
-        return encoded
-
-    def _importance(self, objective: int) -> dict[str, float]:
-        complete = [t for t in self._study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
-        targets = [t.values[objective] for t in complete]
-        values = [self._values[t.number] for t in complete]
-        # fANOVA wants every parameter in every trial: an inactive one gets a place of its own or the middle.
-        varied = [p for p in self.space.parameters if len({str(v[p.name]) for v in values if p.name in v}) > 1]
-        if len(complete) < 4 or len(set(targets)) < 2 or not varied:
-            return {}
-        flat = optuna.create_study()
-        distributions = {p.name: _with_inactive(p.domain) for p in varied}
-        for target, drawn in zip(targets, values, strict=True):
-            params = {p.name: _filled(p, drawn) for p in varied}
-            flat.add_trial(optuna.create_trial(value=target, params=params, distributions=distributions))
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        found = optuna.importance.get_param_importances(flat, evaluator=evaluator)
-        return {name: float(share) for name, share in found.items()}
+    @contextlib.contextmanager
+    def _modelled(self) -> Iterator[None]:
+        """While a sampler works, it sees of a long study what its model is made of."""
+        shown = self._shown
+        if shown is not None and len(shown.newest) >= shown.limit:
+            self._storage.shown = shown.numbers()
+        try:
+            yield
+        finally:
+            self._storage.shown = None
 
 
-class _Recorded(BaseSampler):  # type: ignore[misc]  # optuna is not type-checked here
-    """A sampler that repeats recorded values (as Optuna holds them).
+class _Fixed(BaseSampler):  # type: ignore[misc]  # optuna is not type-checked here
+    """A sampler some of whose values (as Optuna holds them) are given.
 
     The sampler of the search is still asked, because evolution notes the generation of a trial when it is; trials that
     Optuna takes from its queue skip that and would never become parents.
@@ -196,82 +269,40 @@ class _Recorded(BaseSampler):  # type: ignore[misc]  # optuna is not type-checke
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self._sampler.sample_relative(study, trial, search_space)
-        return {}
+        found = self._sampler.sample_relative(study, trial, search_space)
+        return {name: self._values.get(name, value) for name, value in found.items()}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._values[param_name]
+        if param_name in self._values:
+            return self._values[param_name]
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
 
 
-def _other_space(trial: str, why: str) -> UserError:
-    return UserError(
-        f"trial {trial} was drawn from another space: {why}; search under another --name or with --from-scratch"
-    )
-
-
-def _sampler(kind: str, seed: int, trials: int) -> BaseSampler:
+def make_sampler(kind: str, seed: int, trials: int) -> BaseSampler:
     """Optuna's sampler, its settling-in phase scaled to studies of a few dozen trials."""
-    if kind == "random":
-        return RandomSampler(seed=seed)
-    if kind == "nsga2":
-        return NSGAIISampler(population_size=min(50, max(4, trials // 5)), seed=seed)
-    startup = min(10, max(4, trials // 4))
-    return TPESampler(n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed)
-
-
-def _drawn(trial: optuna.Trial, parameter: Parameter) -> Any:
-    domain, name = parameter.domain, parameter.name
-    if isinstance(domain, Choices):
-        plain = trial.suggest_categorical(name, [_label(v) for v in domain.values])
-        return next(v for v in domain.values if _label(v) == plain)
-    if domain.q is None:
-        return trial.suggest_float(name, domain.low, domain.high, log=domain.log)
-    # Optuna has no quantised logarithmic range; the multiples themselves are whole numbers, which it does draw.
-    return domain.value(trial.suggest_int(name, *domain.multiples, log=domain.log))
-
-
-def _to_optuna(domain: Choices | Range, value: Any) -> Any:
-    if isinstance(domain, Choices):
-        return _label(value)
-    return value if domain.q is None else round(value / domain.q)
-
-
-def _label(value: Any) -> Any:
-    """Optuna's categories are scalars; a list (hidden widths) is written as JSON."""
-    return json.dumps(value) if isinstance(value, tuple) else value
-
-
-def _with_inactive(domain: Choices | Range) -> BaseDistribution:
-    if isinstance(domain, Choices):
-        return CategoricalDistribution([*(_label(v) for v in domain.values), _INACTIVE])
-    if domain.q is None:
-        return FloatDistribution(domain.low, domain.high, log=domain.log)
-    return IntDistribution(*domain.multiples, log=domain.log)
-
-
-def _filled(parameter: Parameter, values: Mapping[str, Any]) -> Any:
-    domain = parameter.domain
-    if parameter.name in values:
-        return _to_optuna(domain, values[parameter.name])
-    if isinstance(domain, Choices):
-        return _INACTIVE
-    low, high = (domain.low, domain.high) if domain.q is None else domain.multiples
-    middle = math.sqrt(low * high) if domain.log else (low + high) / 2
-    return middle if domain.q is None else round(middle)
+    population, startup = min(50, max(4, trials // 5)), min(10, max(4, trials // 4))
+    match kind:
+        case "nsga2":
+            return NSGAIISampler(population_size=population, seed=seed)
+        case "nsga3":
+            return NSGAIIISampler(population_size=population, seed=seed)
+        case "gp":
+            return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+        case "cmaes":
+            return CmaEsSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+        case "tpe":
+            return TPESampler(n_startup_trials=startup, multivariate=True, group=True, constant_liar=True, seed=seed)
+    return RandomSampler(seed=seed)  # also for what a grid's point leaves open, which is nothing
 
 
 def _identity(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Optuna's progress lines and its notes on experimental arguments; both are as before afterwards."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -43,6 +43,9 @@ def schema() -> Schema:
     properties: Schema = {key: _section(kind) for key, kind in SECTIONS.items()}
     samples = {"oneOf": [{"const": "selection"}, {"type": "integer", "minimum": 1}], "description": "samples per point"}
     properties["verification"]["properties"]["samples"] = samples
+    point = {"type": "object", "minProperties": 1, "description": "values by parameter; what is left out is drawn"}
+    points = {"type": ["array", "null"], "items": point, "description": "configurations that are tried first"}
+    properties["search"]["properties"]["points"] = points
     properties["name"] = {"type": "string", "pattern": f"^{NAME}$"}
     properties["levels"] = {"type": "array", "minItems": 1, "uniqueItems": True, "items": _level()}
     properties["parameters"] = _parameters("")

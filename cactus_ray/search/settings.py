@@ -13,7 +13,8 @@ from cactus_ray.search.ranking import RANKINGS
 from cactus_ray.verification.verdict import VerificationSettings
 
 SCHEDULERS = ("none", "asha")
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "cmaes", "random", "grid")
+KEEP = ("front", "all")
 EXECUTIONS = ("auto", "train", "direct")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 
@@ -41,7 +42,9 @@ class SearchSettings:
     """How many trials are drawn, and how."""
 
     trials: int = setting(12, doc="trials of the study", minimum=1)
-    sampler: str = setting("tpe", doc="tpe, nsga2 (evolution) or random", choices=SAMPLERS)
+    sampler: str = setting(
+        "tpe", doc="tpe, nsga2 and nsga3 (evolution), gp (Gaussian process), cmaes, random or grid", choices=SAMPLERS
+    )
     seed: int = setting(
         0, doc="seed of the study, from which every trial's seed is derived", minimum=0, maximum=2**31 - 1
     )
@@ -52,6 +55,20 @@ class SearchSettings:
     dear: str = setting(
         "front", doc="alpha and branch for points that may still reach the front, or for all", choices=("front", "all")
     )
+    max_trials: int | None = setting(None, doc="start no more trials than this, whatever became of them", minimum=1)
+    max_hours: float | None = setting(
+        None, doc="end after this many hours of work, over all drivers; time between them does not count",
+        exclusive_minimum=0.0,
+    )  # fmt: skip
+    max_gpu_hours: float | None = setting(
+        None, doc="end after this many hours of GPUs, of training and verification", exclusive_minimum=0.0
+    )
+    plateau: int | None = setting(
+        None, doc="start no more trials when this many complete ones in a row did not improve the hypervolume",
+        minimum=1,
+    )  # fmt: skip
+    plateau_gain: float = setting(0.001, doc="relative gain in hypervolume that counts as an improvement", minimum=0.0)
+    keep: str = setting("front", doc="networks that are kept: those with a point on the front, or all", choices=KEEP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,6 +164,8 @@ class _Simulation:
         if not self.unused or len(self.found.started) >= self.setup.trials:
             return
         suggestion = self.sampler.ask()
+        if suggestion is None:
+            return
         index = nearest(self.space, suggestion.values, self.curves, self.unused)
         self.unused.remove(index)
         if dict(self.curves[index].values) != suggestion.values:

@@ -30,6 +30,8 @@ from cactus_ray.search.domains import leaf_keys
 from cactus_ray.search.objectives import Constraint, Objective
 from cactus_ray.search.overrides import overridden, override_value
 from cactus_ray.search.parameters import METHOD_KEYS, Parameter, fixed_parts, is_active, parse_parameters
+from cactus_ray.search.points import fitted_points, parse_points, plain_points
+from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import KEYS, RUN_SECTIONS, ResourceSettings, SearchSettings, WandbSettings, section_of
 from cactus_ray.verification.verdict import VerificationSettings
 
@@ -48,6 +50,7 @@ class Space:
 
     ``base``: plain nested keys of RunConfig that all trials share. ``levels`` and metrics are canonical. ``parameters``
     are in an order in which conditions come first. ``samples``: "selection" or a number of that split's samples.
+    ``points``: values that are tried first; what a point leaves out is drawn.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Space:
     constraints: tuple[Constraint, ...]
     front: dict[str, str]
     search: SearchSettings
+    points: tuple[dict[str, Any], ...] = ()
     verification: VerificationSettings
     samples: str | int
     resources: ResourceSettings
@@ -110,7 +114,7 @@ class Space:
             "objectives": [to_dict(o) for o in self.objectives],
             "constraints": [to_dict(c) for c in self.constraints],
             "front": dict(self.front),
-            "search": to_dict(self.search),
+            "search": to_dict(self.search) | ({"points": plain_points(self.points)} if self.points else {}),
             "verification": {"samples": self.samples, **to_dict(self.verification)},
             "resources": to_dict(self.resources),
             "wandb": to_dict(self.wandb),
@@ -146,10 +150,15 @@ def _parse(data: Any, overrides: Mapping[str, Any]) -> Space:
         if key not in KEYS:
             raise ConfigError(str(key), data[key], f"no such key; one of {', '.join(KEYS)}")
     parameters = parse_parameters({} if data.get("parameters") is None else data["parameters"])
+    points = parse_points(section_of(data, "search").get("points"), parameters)
     raw, parameters = overridden(dict(data), parameters, overrides)
     for key, example in REQUIRED.items():
         if raw.get(key) is None:
             raise ConfigError(key, None, example)
+    search = dict(section_of(raw, "search"))
+    if "search.points" in overrides:
+        points = parse_points(overrides["search.points"], parameters, "--set search.points")
+    search.pop("points", None)
     verification = dict(section_of(raw, "verification"))
     samples = verification.pop("samples", "selection")
     fixed, left = fixed_parts(parameters)
@@ -165,7 +174,8 @@ def _parse(data: Any, overrides: Mapping[str, Any]) -> Space:
         objectives=_given(raw, "objectives", objectives.DEFAULT_OBJECTIVES, objectives.parse_objectives, levels),
         constraints=_given(raw, "constraints", (), objectives.parse_constraints, levels),
         front=_given(raw, "front", dict(objectives.DEFAULT_FRONT), objectives.parse_front),
-        search=parse(SearchSettings, section_of(raw, "search"), "search"),
+        search=_search(search),
+        points=fitted_points(points, fixed, left),
         verification=_verification(verification),
         samples=_checked_samples(samples),
         resources=parse(ResourceSettings, section_of(raw, "resources"), "resources"),
@@ -191,6 +201,14 @@ def _levels(value: Any) -> tuple[str, ...]:
     return tuple(str(level) for level in parse_levels(value))
 
 
+def _search(data: Mapping[str, Any]) -> SearchSettings:
+    known = [name for name, _ in leaf_keys(SearchSettings)]
+    for key in data:
+        if key not in known:
+            raise ConfigError(f"search.{key}", data[key], f"no such key; one of {', '.join(known)}, points")
+    return parse(SearchSettings, data, "search")
+
+
 def _verification(data: Mapping[str, Any]) -> VerificationSettings:
     known = [name for name, _ in leaf_keys(VerificationSettings)]
     for key in data:
@@ -213,6 +231,7 @@ def _check_together(space: Space) -> None:
     if low < high < low + space.threat.epsilon:
         raise ConfigError("threat.epsilon", space.threat.epsilon, f"at most the width of the domain, {high - low:g}")
     _check_sparsities(space)
+    check_sampler(space)
     first = {p.name: p.domain.ends()[0] for p in space.parameters}
     space.configuration(first, 1)  # what RunConfig checks over several keys
 

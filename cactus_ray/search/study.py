@@ -15,8 +15,11 @@ from typing import Any
 
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import UserError
+from cactus_ray.search.budget import Budget
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.objectives import trial_metrics
+from cactus_ray.search.past import past_trial
+from cactus_ray.search.points import Suggested
 from cactus_ray.search.rivals import Rivals
 from cactus_ray.search.rungs import Cost, Rungs
 from cactus_ray.search.sampler import OptunaSampler
@@ -65,6 +68,8 @@ class Study:
         self.rungs = Rungs(space, records, cost)
         self.worth: Worth | None = self._may_reach_the_front if space.search.dear == "front" else None
         self.rivals = Rivals(space.front, records.points())
+        self.suggested = Suggested(store.path, space)
+        self.budget = Budget(space, records)
         self.pieces = Pieces(
             tuple(space.levels),
             tuple(samples),
@@ -126,14 +131,17 @@ class Study:
     @property
     def done(self) -> bool:
         """Whether no trial will start any more and none is in flight."""
-        return self.finished >= self.space.search.trials and not self.in_flight and not self.restart
+        enough = self.finished >= self.space.search.trials or self.sampler.exhausted or self.budget.enough()
+        return not self.in_flight and bool(self.budget.over() or (enough and not self.restart))
 
     def next_trial(self) -> TrialStart | None:
         """The next trial to train, recorded as started; None if there is none to start."""
+        if self.budget.over():
+            return None
         if self.restart:
             start = self.restart.pop(0)
         else:
-            if self.finished + self.in_flight >= self.space.search.trials:
+            if self.finished + self.in_flight >= self.space.search.trials or self.budget.enough():
                 return None
             drawn = self._draw()
             if drawn is None:
@@ -146,10 +154,14 @@ class Study:
     def _draw(self) -> TrialStart | None:
         """Ask the sampler until it proposes a configuration that can be built; refused ones are recorded as failed."""
         while self.finished + self.in_flight < self.space.search.trials:
+            self.sampler.enqueue(self.suggested.new())
             suggestion = self.sampler.ask()
+            if suggestion is None:
+                return None
             trial = f"t{suggestion.number:04d}"
             self.numbers[trial] = suggestion.number
             started = {"event": "started", "trial": trial, "number": suggestion.number, "parameters": suggestion.values}
+            started |= {"origin": suggestion.origin} | ({"note": suggestion.note} if suggestion.note else {})
             try:
                 config = self.space.configuration(suggestion.values, suggestion.number)
                 cost = self.rungs.epoch_cost(config)
@@ -292,17 +304,28 @@ class Study:
         self.finished += 1
         self.sampler.tell(self.numbers[trial], None, status)
 
+    def warm(self, past: Mapping[str, Any]) -> None:
+        """Take up completed trials of another study (``search.warm``), before the first trial is drawn."""
+        self._emit({"event": "past", **past})
+        self.sampler.warm([past_trial(row) for row in past["trials"]])
+
     def begin(self, study: Mapping[str, Any], reference: Mapping[str, float]) -> None:
         """Write the first event of a new study; the reference point of the hypervolume is fixed from here on."""
         self.reference = dict(reference)
         self._emit({"event": "study", "schema": 1, **study, "reference_point": self.reference})
 
+    def work(self) -> None:
+        """Write that a driver begins to work: time until the next event of an earlier one was no work."""
+        self._emit({"event": "driver"})
+
     def end(self, status: str, seconds: float) -> None:
-        """Write how the driver ended: completed, interrupted or failed."""
-        self._emit({"event": "finished", "status": status, "seconds": seconds})
+        """Write how the driver ended: completed, limit, interrupted or failed; and the limit that was reached."""
+        reason = self.budget.enough()
+        self._emit({"event": "finished", "status": status, "seconds": seconds} | ({"reason": reason} if reason else {}))
 
     def _emit(self, event: Event) -> None:
         event = {**event, "time": time.time()}
         self.store.append(event)
+        self.budget.event(event)
         for listener in self.listeners:
             listener(event)

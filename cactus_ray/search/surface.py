@@ -27,7 +27,8 @@ def synthetic_curves(space: Space, trials: int, seed: int) -> list[Curve]:
     arguments give the same curves.
     """
     sampler = OptunaSampler(replace(space, search=replace(space.search, sampler="random", seed=seed)))
-    return [_curve(space, sampler.ask().values, seed) for _ in range(trials)]
+    asked = (sampler.ask() for _ in range(trials))
+    return [_curve(space, suggestion.values, seed) for suggestion in asked if suggestion is not None]
 
 
 def _curve(space: Space, values: Mapping[str, Any], seed: int) -> Curve:

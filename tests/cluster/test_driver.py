@@ -17,7 +17,7 @@ from cactus_ray.data import load
 from cactus_ray.errors import RunFailedError
 from cactus_ray.models.network import load as load_network
 from cactus_ray.search.store import Records, RunStore, read_records, with_front
-from cactus_ray.search.study import Study
+from cactus_ray.search.study import Event, Study
 from cactus_ray.training.loop import train
 
 pytestmark = pytest.mark.ray
@@ -36,6 +36,26 @@ def test_direct_and_ray_train_give_the_same_weights_as_a_plain_call(tmp_path: Pa
     for name, tensor in plain.items():
         assert torch.equal(tensor, found["direct"][name]), name
         assert torch.equal(tensor, found["train"][name]), name
+
+
+def test_a_limit_of_hours_ends_a_trial_in_flight_and_leaves_it_to_a_later_driver(tmp_path: Path) -> None:
+    late = [0.0]
+
+    def tick(event: Event) -> None:  # two hours pass with the first epoch of a trial that would train for days
+        late[0] = 7200.0 if event["event"] == "epoch" else late[0]
+
+    endless = {**SPACE["train"], "epochs": 1_000_000}
+    tiny = space(train=endless, search={"trials": 3, "concurrency": 1, "max_hours": 1.5})
+    study = Study(tiny, RunStore(tmp_path), Records(), list(range(40)), [tick])
+    study.budget.clock = lambda: time.monotonic() + late[0]
+    study.begin({"name": "tiny", "seed": 0}, REFERENCE)
+    run_study(study, DriverOptions(cpus=2))
+    records = read_records(tmp_path)
+    assert records.finished is not None
+    assert records.finished["status"] == "limit"
+    assert "search.max_hours" in records.finished["reason"]
+    assert [t.status for t in records.trials.values()] == ["running"]
+    assert records.trials["t0001"].epochs
 
 
 def test_two_workers_train_one_network(tmp_path: Path) -> None:

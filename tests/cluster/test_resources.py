@@ -2,7 +2,7 @@
 
 import pytest
 
-from cactus_ray.cluster.resources import plan
+from cactus_ray.cluster.resources import missing, plan
 from cactus_ray.errors import UserError
 from cactus_ray.search.space import Space, parse_space
 
@@ -86,3 +86,28 @@ def test_what_can_never_fit_is_refused_with_the_numbers(
 def test_direct_execution_of_several_workers_is_refused() -> None:
     with pytest.raises(UserError, match="direct runs one worker, not 2"):
         plan(space({"workers": 2, "execution": "direct"}), {"CPU": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "training"),
+    [
+        ({"workers": 2, "cpus_per_worker": 3}, [4.0, 4.0, 4.0], 1),  # three workers of 3 CPUs fit, and two make a trial
+        ({"cpus_per_worker": 2}, [3.0, 3.0], 2),
+        ({"cpus_per_worker": 2, "verifiers": 3}, [3.0, 3.0], 1),
+        ({"workers": 4}, [1.0] * 9, 2),
+    ],
+)
+def test_nothing_is_spread_over_two_nodes(resources: dict[str, object], nodes: list[float], training: int) -> None:
+    shapes = [{"CPU": cpus} for cpus in nodes]
+    assert plan(space(resources), {"CPU": sum(nodes)}, shapes).training == training
+
+
+def test_a_worker_that_fits_no_node_is_refused_with_the_nodes() -> None:
+    with pytest.raises(UserError, match=r"8 CPU and 0 GPU in 4 nodes \(2 CPU and 0 GPU, .*fit one of them"):
+        plan(space({"cpus_per_worker": 3}), {"CPU": 8.0}, [{"CPU": 2.0}] * 4)
+
+
+def test_what_a_waiting_trial_lacks_is_named() -> None:
+    wanted = space({"workers": 2, "cpus_per_worker": 2, "gpus_per_worker": 1}).resources
+    assert "2 CPU and 1 GPU are free: 2 CPU and 1 GPU are missing" in missing(wanted, {"CPU": 2.0, "GPU": 1.0})
+    assert "enough in all" in missing(wanted, {"CPU": 4.0, "GPU": 2.0})

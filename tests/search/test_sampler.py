@@ -14,6 +14,7 @@ import pytest
 from optuna.trial import TrialState
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.importance import importances
 from cactus_ray.search.pareto import hypervolume
 from cactus_ray.search.sampler import OptunaSampler, Suggestion
 from cactus_ray.search.space import Space, parse_space
@@ -32,7 +33,7 @@ SPACE: dict[str, Any] = {
     },
     "constraints": [{"metric": "standard_accuracy@int8", "min": 0.5}],
 }  # fmt: skip
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("tpe", "nsga2", "nsga3", "random")
 
 
 def space(sampler: str = "tpe", trials: int = 45, **change: Any) -> Space:
@@ -225,10 +226,10 @@ def test_a_space_without_parameters_can_be_asked() -> None:
 
 def test_importances_name_what_matters() -> None:
     sampler = OptunaSampler(space("random", 60))
-    run(sampler, 60, mixed)
-    importances = sampler.importances()
-    assert set(importances) == {"mean_certified_accuracy", "mean_standard_accuracy"}
-    for shares in importances.values():
+    suggestions = run(sampler, 60, mixed)
+    found = importances(sampler.space, records_of(suggestions, mixed))
+    assert set(found) == {"mean_certified_accuracy", "mean_standard_accuracy"}
+    for shares in found.values():
         assert set(shares) == {p.name for p in sampler.space.parameters}
         assert sum(shares.values()) == pytest.approx(1.0)
         assert next(iter(shares)) in ("learning_rate", "awp_radius", "standard_weight")
@@ -236,10 +237,9 @@ def test_importances_name_what_matters() -> None:
 
 
 def test_importances_of_too_few_trials_are_empty() -> None:
-    sampler = OptunaSampler(space())
-    assert sampler.importances() == {"mean_certified_accuracy": {}, "mean_standard_accuracy": {}}
-    run(sampler, 2)
-    assert sampler.importances()["mean_certified_accuracy"] == {}
+    assert importances(space(), Records()) == {"mean_certified_accuracy": {}, "mean_standard_accuracy": {}}
+    few = records_of(run(OptunaSampler(space()), 2), lambda n: "completed")
+    assert importances(space(), few)["mean_certified_accuracy"] == {}
 
 
 def test_optuna_is_silent_here_and_as_before_elsewhere(caplog: pytest.LogCaptureFixture) -> None:

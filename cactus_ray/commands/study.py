@@ -1,0 +1,102 @@
+"""``cactus-ray suggest``, ``explain`` and ``dashboard``: what can be done with a study from outside its driver."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cactus_ray.commands.report import space_of
+from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.report.tables import parameters_text
+from cactus_ray.search.explain import explain as explained
+from cactus_ray.search.optuna_file import write_storage
+from cactus_ray.search.overrides import override_value
+from cactus_ray.search.points import check_point, plain_points, suggest
+from cactus_ray.search.store import read_records
+
+SHOWN_RIVALS = 3
+
+
+def queue(console: Console, run: Path, values: Mapping[str, str], *, as_json: bool) -> None:
+    """Queue a configuration into a study, running or not; parameters that ``values`` leaves out are drawn.
+
+    Raises UserError for what is no run, no value of its space, or was tried already.
+    """
+    space, records = space_of(run), read_records(run)
+    point = check_point(space, {key: override_value(key, text) for key, text in values.items()}, "--set ")
+    if not point:
+        names = ", ".join(p.name for p in space.parameters)
+        raise UserError(f"--set: got nothing that is searched; expected a value of one or more of {names}")
+    plain = plain_points([point])[0]
+    for trial in records.trials.values():
+        if plain.items() <= trial.parameters.items():
+            raise UserError(f"--set: trial {trial.id} has these values already ({trial.status}); expected others")
+    suggest(run, point)
+    left = max(space.search.trials - len(records.trials), 0)
+    if as_json:
+        console.print_json(json.dumps({"run": str(run), "values": plain, "trials_left": left}))
+        return
+    console.print(f"queued: {parameters_text(plain)}", highlight=False, markup=False, soft_wrap=True)
+    if records.finished is not None:
+        console.print(
+            "no driver works on this study now; the next cactus-ray search of it takes this up"
+            + ("" if left else f", with --trials {space.search.trials + 1} or more: all its trials are done"),
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def explain(console: Console, run: Path, trial: str, *, as_json: bool) -> None:
+    """Print what became of a trial: its end, broken constraints, and what dominates which point by how much."""
+    found = explained(space_of(run), read_records(run), trial)
+    if as_json:
+        console.print_json(json.dumps(found))
+        return
+    lines = [f"{trial}: {found['reason']}", f"values: {parameters_text(found['parameters'])} ({found['origin']})"]
+    lines += [found["note"]] if found["note"] else []
+    lines += [f"objective {name}: {value:.4g}" for name, value in found.get("objectives", {}).items()]
+    for name, violation in found["constraints"].items():
+        lines.append(f"constraint {name}: " + (f"not met, by {violation:.4g}" if violation > 0 else "met"))
+    for point in found["points"]:
+        lines += _point_lines(point)
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _point_lines(point: Mapping[str, Any]) -> list[str]:
+    if point["on_front"]:
+        return [f"{point['level']}: on the front"]
+    rivals = point["dominated_by"]
+    lines = [f"{point['level']}: dominated by {len(rivals)} point(s) of the front"]
+    for rival in rivals[:SHOWN_RIVALS]:
+        gains = ", ".join(
+            f"{column} {point[column] + gain:.6g} instead of {point[column]:.6g}"
+            for column, gain in rival["gains"].items()
+        )
+        lines.append(f"  {rival['trial']} {rival['level']}: {gains}, and no worse elsewhere")
+    return lines
+
+
+def dashboard(console: Console, run: Path, port: int) -> None:
+    """Show a run in optuna-dashboard on localhost, from a copy of its records in a scratch folder, until Ctrl-C."""
+    try:
+        library = importlib.import_module("optuna_dashboard")
+    except ImportError:
+        raise UserError(
+            "dashboard: optuna-dashboard is not installed; add it with: pip install 'cactus-ray[dashboard]'"
+        ) from None
+    if not 0 < port < 65536:
+        raise ConfigError("--port", port, "a port from 1 to 65535")
+    space, records = space_of(run), read_records(run)
+    with tempfile.TemporaryDirectory(prefix="cactus-ray-") as folder:
+        file = Path(folder, "study.journal")
+        write_storage(space, records, file)
+        console.print(f"{run} as it is now: http://localhost:{port} (Ctrl-C ends it)", highlight=False, markup=False)
+        from cactus_ray.search.warm import open_storage
+
+        library.run_server(open_storage(str(file)), host="localhost", port=port)

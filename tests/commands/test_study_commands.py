@@ -1,0 +1,200 @@
+"""suggest, explain, dashboard, train --trial and --dry-run, through the command line and without Ray."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from cactus_ray import cli
+from cactus_ray.commands import estimate, search
+from cactus_ray.data import load
+from cactus_ray.errors import UserError
+from cactus_ray.models import create
+from cactus_ray.models.network import pack
+from cactus_ray.search.chunks import ChunkResult, LevelResult
+from cactus_ray.search.space import Space, parse_space
+from cactus_ray.search.store import Records, RunStore
+from cactus_ray.search.study import Study
+from cactus_ray.training.loop import train
+
+SPACE: dict[str, Any] = {
+    "name": "tiny",
+    "data": {"name": "digits", "train_samples": 128},
+    "model": {"name": "mlp", "hidden": [16]},
+    "threat": {"epsilon": 0.02},
+    "levels": ["dense", "int8"],
+    "train": {"epochs": 2, "batch_size": 64},
+    "parameters": {"method": {"values": ["cactus", "ibp"]}, "learning_rate": {"min": 0.001, "max": 0.01}},
+    "search": {"trials": 3, "sampler": "random"},
+    "verification": {"samples": 20, "attack_steps": 5},
+}
+REFERENCE = {"certified_accuracy": 0.0, "bytes": 1e5, "standard_accuracy": 0.0}
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return parse_space(SPACE, "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(space: Space, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose first trial was really trained."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    study = Study(space, RunStore(folder), Records(), [0, 1])
+    (folder / "space.yaml").write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+    study.begin({"name": "tiny", "seed": 0, "init": None}, REFERENCE)
+    start = study.next_trial()
+    assert start is not None
+    trained = train(start.config, load(space.data, ("train", "selection")), report=lambda epoch: True)
+    networks = {"last": pack(trained.last), "best": pack(trained.best)}
+    for chunk in study.trained(start.id, networks, "last", 2, 1.0):
+        rows: list[list[Any]] = [[i, 0, "CERTIFIED", True, 0.5, "ibp", 0.01] for i in chunk.indices]
+        measures = {"bytes": 1000, "ideal_bits": 8000, "macs": 500}
+        levels = {level: LevelResult([*rows], measures, 0.1) for level in chunk.levels}
+        study.verified(ChunkResult(chunk, levels, {"ibp": 0.2}))
+    return folder
+
+
+def cactus_ray(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.run([str(a) for a in arguments])
+    found = capsys.readouterr()
+    return status, found.out, " ".join(found.err.split())
+
+
+def test_a_trial_is_repeated_alone_with_the_same_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "again.safetensors"
+    status, out, _ = cactus_ray(capsys, "train", "--trial", run / "t0001", "--out", to, "--json")
+    assert status == 0
+    assert json.loads(out)["same_network"] is True
+    assert to.read_bytes() == (run / "checkpoints" / "t0001.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--trial", "{run}/t0009"], "expected RUN/TRIAL with a trial of"),
+        (["--trial", "{run}/t0001", "--set", "learning_rate=0.1"], "nothing beside --trial"),
+        ([], "got neither; expected a search space or --trial"),
+        (["--trial", "{run}/t0001", "--init", "{run}/checkpoints/t0001.safetensors"], "expected no --init"),
+    ],
+)
+def test_what_cannot_be_repeated_is_refused(
+    arguments: list[str], hint: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [a.format(run=run) for a in arguments]
+    status, _, err = cactus_ray(capsys, "train", *filled, "--out", tmp_path / "x.safetensors")
+    assert status == 2
+    assert hint in err
+
+
+def test_suggestions_are_queued_and_bad_ones_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = cactus_ray(capsys, "suggest", run, "--set", "learning_rate=0.004", "--set", "method=ibp", "--json")
+    assert (status, json.loads(out)["values"]) == (0, {"learning_rate": 0.004, "method": "ibp"})
+    lines = (run / "suggestions.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["values"] == {"learning_rate": 0.004, "method": "ibp"}
+    for wrong, hint in (
+        ("learning_rate=7", "--set learning_rate: got 7; expected a value that learning_rate can take"),
+        ("train.epochs=9", "--set train.epochs: got 9; expected 2, which is fixed in this study"),
+        ("depth=3", "expected a searched parameter: learning_rate, method"),
+    ):
+        status, _, err = cactus_ray(capsys, "suggest", run, "--set", wrong)
+        assert status == 2
+        assert hint in err
+    assert cactus_ray(capsys, "suggest", run)[0] == 2
+    assert len((run / "suggestions.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_explain_says_what_became_of_a_trial(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = cactus_ray(capsys, "explain", run, "t0001")
+    assert status == 0
+    assert "t0001: complete" in out
+    assert "dense: on the front" in out
+    assert cactus_ray(capsys, "explain", run, "t0404")[0] == 2
+
+
+def test_the_dashboard_is_optional_and_gets_a_copy(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, shown = importlib.import_module, []
+
+    def missing(name: str) -> Any:
+        if name == "optuna_dashboard":
+            raise ImportError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    status, _, err = cactus_ray(capsys, "dashboard", run)
+    assert status == 2
+    assert "pip install 'cactus-ray[dashboard]'" in err
+
+    def serve(storage: Any, host: str, port: int) -> None:
+        shown.append((storage.get_all_studies()[0].study_name, host, port))
+
+    fake = SimpleNamespace(run_server=serve)
+    monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "optuna_dashboard" else real(name))
+    status, _, _ = cactus_ray(capsys, "dashboard", run, "--port", "8123")
+    assert (status, shown) == (0, [("tiny", "localhost", 8123)])
+
+
+def test_a_run_is_resumed_by_its_name_with_its_own_space(
+    run: Path, space: Space, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(search, "dry_run", lambda console, space, options, as_json: asked.append((space, options.run)))
+    arguments = ["search", "--resume", "tiny", "--runs", run.parent, "--trials", "4", "--dry-run"]
+    assert cactus_ray(capsys, *arguments)[0] == 0
+    ((found, folder),) = asked
+    assert folder == run
+    assert found.search.trials == 4
+    assert (found.parameters, found.base["train"]) == (space.parameters, space.base["train"])
+    for wrong, hint in (
+        (["--resume", "other", "--runs", run.parent], "--resume: got 'other'; expected a run in"),
+        (["--resume", "tiny", "--runs", run.parent, "--from-scratch"], "nothing beside --resume"),
+        ([run / "space.yaml", "--resume", "tiny"], "got both"),
+        ([], "got neither"),
+    ):
+        status, _, err = cactus_ray(capsys, "search", *wrong)
+        assert status == 2
+        assert hint in err
+
+
+# --- what it would cost --------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_estimates_every_method_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "DRAWS", 1)
+    monkeypatch.setattr(estimate, "TURNS", 2)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(SPACE))
+    status, out, err = cactus_ray(capsys, "search", file, "--runs", tmp_path / "runs", "--dry-run", "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert set(found["training"]) == {"cactus", "ibp"}
+    for spread in found["training"].values():
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    assert found["study"]["low"] <= found["study"]["median"] <= found["study"]["high"]
+    assert found["verification"] > 0
+    assert found["trials"] == 3
+    assert 6e6 < found["disk_bytes"] < 7e6
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_that_would_fill_the_disk_is_refused_with_the_numbers(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = load(space.data, ("train", "selection"))
+    untrained = create(space.configuration({"method": "ibp"}, 1), data.input_shape, data.classes, data.class_names)
+    estimate.refuse_full_disk(space, data, untrained, tmp_path / "a" / "b")
+    monkeypatch.setattr(estimate, "free_bytes", lambda run: 1_000_000)
+    with pytest.raises(UserError, match=r"3 trials writes about 6\.\d+ MB, and 1 MB are free"):
+        estimate.refuse_full_disk(space, data, untrained, tmp_path)

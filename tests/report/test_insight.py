@@ -1,0 +1,83 @@
+"""Slices, parallel coordinates and where compute went: every complete trial, nothing else, constraints apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from studies import events, small_space, write_run
+
+from cactus_ray.report import insight
+from cactus_ray.report.page import broken_trials, write_page
+from cactus_ray.search.space import Space
+from cactus_ray.search.store import Records, read_records, with_front
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return small_space(7)
+
+
+@pytest.fixture(scope="module")
+def run(space: Space, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run") / "digits", space, events(space))
+
+
+@pytest.fixture(scope="module")
+def records(run: Path) -> Records:
+    found = read_records(run)
+    found.trials["t0004"].metrics["standard_accuracy@int8"] = 0.5  # at least 0.9 is asked for
+    return found
+
+
+def test_slices_draw_each_complete_trial_once_per_parameter_that_it_has(space: Space, records: Records) -> None:
+    complete = insight.complete_trials(space, records)
+    assert [t.trial for t in complete] == ["t0001", "t0004", "t0005", "t0006", "t0007"]
+    figure = insight.slices_figure(space, complete)
+    parameters = insight.varied(space, complete)
+    marks = sum(len(trace.x) for trace in figure.data)
+    asked = sum(p.name in t.values for p in parameters for t in complete)
+    assert marks == 2 * asked
+    apart = [trace for trace in figure.data if trace.name == "constraints not met"]
+    assert {text for trace in apart for text in trace.text} == {"t0004"}
+
+
+def test_parallel_coordinates_have_a_line_per_trial_and_finite_numbers(space: Space, records: Records) -> None:
+    complete = insight.complete_trials(space, records)
+    (lines,) = insight.parallel_figure(space, complete).data
+    by_label = {d.label: d for d in lines.dimensions}
+    assert all(len(d["values"]) == len(complete) for d in lines.dimensions)
+    assert list(by_label["constraints"]["values"]) == [1, 0, 1, 1, 1]
+    strategy = by_label["compression_set.strategy"]
+    texts = [strategy.ticktext[int(v)] for v in strategy["values"]]
+    asked = [t.values.get("compression_set.strategy", insight.NOT_ASKED) for t in complete]
+    assert texts == asked
+    assert insight.NOT_ASKED in texts
+
+
+def test_compute_is_split_by_what_became_of_it(space: Space, records: Records) -> None:
+    leading = {p["trial"] for p in with_front(records, space.front) if p["on_front"]}
+    spent = insight.compute(records, leading)
+    assert spent["training: failed trials"] == pytest.approx(1.5)
+    assert spent["training: stopped trials"] == pytest.approx(1.5)
+    assert spent["training: trials on the front"] == pytest.approx(9.0 * len(leading))
+    assert spent["verification: attack"] == pytest.approx(0.9 * 5)
+    total = sum(seconds for name, seconds in spent.items() if name.startswith("training"))
+    assert total == pytest.approx(5 * 9.0 + 3.0)
+    bars = insight.compute_figure(spent).data[0]
+    assert sum(bars.x) == pytest.approx(sum(spent.values()))
+
+
+def test_broken_trials_are_marked_on_the_front_and_the_page_shows_all(
+    space: Space, records: Records, run: Path
+) -> None:
+    assert broken_trials(space, records) == {"t0004"}
+    text = write_page(run).read_text()
+    for identifier in ("slices", "parallel", "compute"):
+        assert f'id="{identifier}"' in text
+    assert "hours of CPUs" in text
+
+
+def test_one_trial_has_nothing_to_compare(space: Space) -> None:
+    assert insight.complete_trials(space, Records()) == []
+    assert insight.varied(space, []) == []
