@@ -94,7 +94,7 @@ def test_the_losses_by_their_definitions(run_config: Any, few_digits: DataSet) -
     divergence = (of_soft * (of_soft / of_binary).log()).sum(1).mean()
     length = torch.cat([v.flatten() for v in soft.values()]).mean()
     expected = 5 * stability + torch.log1p((r - 1).exp()).mean() + divergence + length
-    assert mask_loss(step, params, soft, noisy, changed).item() == pytest.approx(float(expected), rel=1e-4)
+    assert mask_loss(step, params, soft, noisy, changed).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_every_mask_has_a_gradient_under_noise_and_none_reaches_the_weights(
