@@ -103,7 +103,7 @@ def test_suggestions_are_queued_and_bad_ones_refused(run: Path, capsys: pytest.C
     for wrong, hint in (
         ("learning_rate=7", "--set learning_rate: got 7; expected a value that learning_rate can take"),
         ("train.epochs=9", "--set train.epochs: got 9; expected 2, which is fixed in this study"),
-        ("depth=3", "expected a searched parameter: learning_rate, method"),
+        ("depth=3", "expected a searched parameter: method, learning_rate"),
     ):
         status, _, err = cactus_ray(capsys, "suggest", run, "--set", wrong)
         assert status == 2
