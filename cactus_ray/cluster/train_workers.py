@@ -95,7 +95,7 @@ def describe(error: BaseException) -> str:
 def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     from ray import tune
 
-    mailbox.put.remote(("begun", trial, {}))
+    mailbox.put.remote(("begun", trial["trial"], {}))
     torch.set_num_threads(job.threads)
     device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
@@ -178,7 +178,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.threads)
     workers = TorchWorkers()
     if workers.rank == 0:
-        config["mailbox"].put.remote(("begun", config["trial"], {}))
+        config["mailbox"].put.remote(("begun", trial["trial"], {}))
 
     def report(epoch: EpochReport) -> bool:
         content = _scored(epoch, trial)

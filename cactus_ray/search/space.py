@@ -9,7 +9,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def _levels(value: Any) -> tuple[str, ...]:
 
 
 def _search(data: Mapping[str, Any]) -> SearchSettings:
-    known = [name for name, _ in leaf_keys(SearchSettings)]
+    known = [field.name for field in fields(SearchSettings)]
     for key in data:
         if key not in known:
             raise ConfigError(f"search.{key}", data[key], f"no such key; one of {', '.join(known)}, points")

@@ -448,7 +448,7 @@ BAD_PARAMETERS = [
     ),
     (
         {"method": {"value": "ibp"}, "box_ratio": {"value": 0.5}},
-        "parameters.box_ratio", "box_ratio", "awp, sabr, staps would",
+        "parameters.box_ratio", "box_ratio", "c_sam, sabr, staps would",
     ),
     (
         {"learning_rate": {"min": 0.1, "max": 0.2}, "awp_radius": {"value": 1, "when": {"learning_rate": [0.1]}}},
