@@ -20,6 +20,8 @@ from cactus_ray.search.chunks import Chunk
 from cactus_ray.search.study import Study
 
 POLL_SECONDS = 0.05
+INTERRUPT_SECONDS = 20.0
+"""So long an interrupt has until the next one: Tune ends its trials in an orderly way within it."""
 PENDING_SECONDS = 60.0
 """After this long a trial whose training has not begun is said to wait, and for what."""
 
@@ -56,13 +58,22 @@ class Desk:
                 self.name_pending()
                 self.over = self.study.budget.over()
                 if self.over and self.study.in_flight:
-                    _thread.interrupt_main()  # trials in flight stay as they are in the records, for a later driver
+                    self._end_tune()  # trials in flight stay as they are in the records, for a later driver
                     return
         except BaseException as error:  # the main thread must learn of it, whatever it is
             with self.changed:
                 self.error = error
                 self.changed.notify_all()
-            _thread.interrupt_main()  # Tune would wait for the trials that train, for hours perhaps
+            self._end_tune()
+
+    def _end_tune(self) -> None:
+        """Interrupt Tune, which would wait for the trials that train, for hours perhaps.
+
+        Again until the driver closes this desk: an interrupt that meets Ray inside a callback is lost.
+        """
+        while not self.closing.is_set():
+            _thread.interrupt_main()
+            self.closing.wait(INTERRUPT_SECONDS)
 
     def take_mail(self) -> None:
         """Handle every message that the trainers have sent so far."""
