@@ -200,6 +200,8 @@ def mixed(weights: Tensor, gradient: Tensor, mixable: Tensor, missing: Tensor) -
     inside = gradient.masked_fill(~mixable, 0.0).nan_to_num(0.0)
     inside = (inside - inside.sum(1, keepdim=True) / mixable.sum(1, keepdim=True)) * mixable
     length = MIX_RATE * missing.clamp(min=0.0).nan_to_num(0.0) / inside.square().sum(1).clamp(min=1e-12)
+    # a longer step leads to the same corner, and would lose the weights in its rounding
+    length = torch.minimum(length, 100.0 / inside.abs().amax(1).clamp(min=1e-12))
     moved = (weights.detach() + length[:, None] * inside).masked_fill(~mixable, -torch.inf)
     falling = moved.sort(1, descending=True).values
     excess = falling.masked_fill(torch.isinf(falling), 0.0).cumsum(1) - 1

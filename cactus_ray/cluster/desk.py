@@ -81,6 +81,10 @@ class Desk:
             messages: list[Message] = ray.get(self.mailbox.take.remote())
             for kind, trial, content in messages:
                 self.pending.pop(trial, None)
+                if trial not in self.study.training:  # Ray restarted its workers after their last word
+                    if kind == "rung":
+                        self.mailbox.answer.remote(trial, content["epoch"], False)
+                    continue
                 if kind == "begun":
                     continue
                 if kind == "epoch":
@@ -166,7 +170,8 @@ class Desk:
 
     def trainer_ended(self, trial: str, error: bool) -> None:
         """Tune says that a trial's function ended; one that died without mail has failed."""
-        self.pending.pop(trial, None)
+        with self.lock:
+            self.pending.pop(trial, None)
         if not error:
             return
         self.take_mail()

@@ -186,10 +186,13 @@ def _worker(config: dict[str, Any]) -> None:
             ray.train.report(dict(epoch.metrics))
             return True
         go_on = _mail_epoch(content, trial, config["mailbox"])
+        if not go_on:  # no checkpoint: a restarted worker repeats this epoch and is told the same
+            ray.train.report(dict(epoch.metrics))
+            return False
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, STATE_FILE).write_bytes(epoch.save())
             ray.train.report(dict(epoch.metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
-        return go_on
+        return True
 
     result = _run_loop(
         trial["run"],

@@ -63,6 +63,7 @@ def search(space: Space, options: SearchOptions) -> Records:
     refuse_full_disk(space, data, untrained, options.run)
     store = _open(space, options)
     with store.lock():
+        _write_space(space, store.path / "space.yaml")
         records = read_records(store.path) if store.file.exists() else Records()
         reference = records.study.get("reference_point") or reference_point(space, untrained)
         past = _past(space, options, records, reference)
@@ -76,10 +77,13 @@ def search(space: Space, options: SearchOptions) -> Records:
             if not records.study:
                 study.begin(describe(space, data) | {"init": _digest(options.driver.init)}, reference)
             if past is not None:
+                study.work()
                 study.warm(past)
             try:
                 if not study.done:
                     run_study(study, options.driver, lambda: tracking(space, store.path))
+                elif read_records(store.path).finished is None:  # the last driver died before its last word
+                    study.end("completed", 0.0)
             finally:  # also for what a study that was interrupted or failed has finished
                 records = read_records(store.path)
                 write_tables(store.path, records, space.front)
@@ -168,11 +172,11 @@ def resumed(runs: Path, name: str) -> Path:
 
 def _tables(space: Space, store: RunStore) -> Any:
     def listener(event: Event) -> None:
-        if event["event"] in ("completed", "failed", "stopped"):
+        if event["event"] == "completed":  # no other end changes the points
             records = read_records(store.path)
             write_tables(store.path, records, space.front)
             if space.search.keep == "front":
-                prune_checkpoints(store.path, records, space.front)
+                prune_checkpoints(store.path, records, space.front, space.constraints)
 
     return listener
 
@@ -196,8 +200,14 @@ def _open(space: Space, options: SearchOptions) -> RunStore:
             raise UserError(
                 f"{run}: made with another space ({difference}); choose another --name, or --from-scratch to delete it"
             )
-    written.write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
     return store
+
+
+def _write_space(space: Space, path: Path) -> None:
+    """Whole or not at all: a driver that is killed leaves a space that can be read."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+    part.replace(path)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:

@@ -150,7 +150,8 @@ def _print(console: Console, rows: list[dict[str, Any]], transforms: tuple[Trans
         " draws each",
         *(f"{transform}: {transform.words}" for transform in transforms),
         f"holds: classified rightly, and changed by a draw with probability at most {limit}, each with {sure}"
-        f" confidence by itself (Clopper-Pearson); jointly: all of them at once with {sure} confidence (Bonferroni)",
+        f" confidence by itself (Clopper-Pearson); jointly: all samples of a row at once"
+        f" with {sure} confidence (Bonferroni over them, not over rows)",
         f"Chernoff: estimates below {limit} as C-SAM counts them, with no stated confidence",
         "this is a probability under random transformations and says nothing about linf",
     ]

@@ -58,7 +58,7 @@ def _lloyd(ordered: Tensor, start: Tensor) -> Tensor:
 
 
 def _nearest(values: Tensor, centres: Tensor) -> Tensor:
-    """Places of the nearest centres; zeros belong to the centre 0, and so do values in the middle beside it."""
+    """Places of the nearest centres; zeros belong to the centre 0, positive values in a middle to the lower centre."""
     places = torch.searchsorted(centres.contiguous(), values).clamp(1, len(centres) - 1)
     below, above = centres[places - 1], centres[places]
     near = torch.where((values - below).abs() <= (above - values).abs(), places - 1, places)

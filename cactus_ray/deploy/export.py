@@ -28,7 +28,7 @@ from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack, unpack
 from cactus_ray.search.evaluate import LevelNetwork, at_level
 from cactus_ray.search.space import load_space
-from cactus_ray.search.store import TrialRecord, read_records
+from cactus_ray.search.store import Records, TrialRecord, read_records
 from cactus_ray.verification.verdict import VerificationSettings
 
 FILES = ("model.onnx", "model.safetensors", "card.md", doc.NAME)
@@ -101,7 +101,7 @@ def pick(
     """
     refuse_foreign(out)
     records = read_records(run)
-    choice = choose(records.points(), requirements)
+    choice = choose(_at_hand(run, records, requirements), requirements)
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
     around = None if family is None else family(level)
     config = parse(RunConfig, trial.config)
@@ -148,6 +148,13 @@ def selection_figures(point: Point) -> doc.Summary:
     samples = int(point["samples"])
     correct = round(point["standard_accuracy"] * samples)
     return doc.figures(samples, correct, int(point["n_certified"]), int(point["n_falsified"]))
+
+
+def _at_hand(run: Path, records: Records, requirements: Requirements) -> list[Point]:
+    """The points to choose from: those whose networks were kept, unless a trial is named or none was."""
+    points: list[Point] = list(records.points())
+    kept = {t.id for t in records.trials.values() if t.checkpoint and (run / t.checkpoint).is_file()}
+    return points if requirements.trial else [p for p in points if p["trial"] in kept] or points
 
 
 def _checkpoint(run: Path, trial: TrialRecord) -> Network:

@@ -34,8 +34,9 @@ def extreme_levels(levels: Sequence[str]) -> tuple[str, ...]:
 def nominal_bits(text: str) -> float:
     """Bits per weight of a level by its text alone: 32 for ``dense``, 0.8 for ``prune:gu-l1:0.9+int8``."""
     level = parse_level(text)
-    kept = 1.0 - (level.sparsity or 0.0)
-    whole = 16 if level.quantise in ("fp16", "bf16") else 32
+    kept = 1.0 - (level.sparsity or 0.0) if level.kept is None else level.kept
+    whole = 32 if level.kept is None else 12  # of a part without a format
+    whole = 16 if level.quantise in ("fp16", "bf16") else whole
     return (kept**2 if level.structured else kept) * (level.bits or whole)
 
 
@@ -110,6 +111,8 @@ class Rungs:
         if epoch not in self.asked(config):
             return None
         before = self.halving.standing(trial)
+        if before is not None and not before.go_on:
+            return None
         decision = self.halving.report(trial, epoch * self.epoch_cost(config), metrics, epoch / config.train.epochs)
         return None if decision is before else decision
 

@@ -215,8 +215,8 @@ class OptunaSampler:
         self._remember(len(self._storage.get_all_trials(self._study._study_id, deepcopy=False)) - 1, status, past)
 
     def _remember(self, number: int, status: str, past: PastTrial | None) -> None:
-        """Note an ended trial for the sampler's model; failed ones are nothing to it."""
-        if self._shown is None or status == "failed":
+        """Note an ended trial for the model; failed ones are nothing to it, nor those without values to a GP."""
+        if self._shown is None or status == "failed" or (status == "stopped" and self.space.search.sampler == "gp"):
             return
         losses = None
         if past is not None and all(violation <= 0 for violation in past.violations.values()):

@@ -21,6 +21,7 @@ from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.rungs import PROXIES, proxy_goals, rung_epochs
 from cactus_ray.search.sampler import OptunaSampler
+from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import Space
 
@@ -122,7 +123,9 @@ def simulate(space: Space, curves: Sequence[Curve], reference: Mapping[str, floa
     """
     goals = setup.goals or comparable(space, curves)
     search = replace(space.search, sampler=setup.sampler, seed=setup.seed, trials=setup.trials)
-    return _Simulation(replace(space, search=search), curves, reference, setup, goals).run()
+    space = replace(space, search=search)
+    check_sampler(space)
+    return _Simulation(space, curves, reference, setup, goals).run()
 
 
 class _Simulation:

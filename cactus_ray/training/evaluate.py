@@ -12,7 +12,7 @@ from cactus_ray.bounds.interval import ball, margins
 from cactus_ray.compression.levels import parse_level
 from cactus_ray.compression.materialize import materialize
 from cactus_ray.config import ThreatConfig
-from cactus_ray.errors import UserError
+from cactus_ray.errors import ConfigError, UnsupportedGraphError, UserError
 from cactus_ray.training.workers import Workers
 
 _BATCH = 512
@@ -47,6 +47,8 @@ def level_accuracies(
     images, labels = selection
     try:
         compressed = materialize(graph, params, parse_level(level), calibration, threat.domain)
+    except (UnsupportedGraphError, ConfigError):  # the level itself, whatever the weights
+        raise
     except UserError:  # weights that overflow the level's format: the same on every worker
         return math.nan, math.nan
     tensors = {name: tensor.to(images.device) for name, tensor in compressed.params.items()}

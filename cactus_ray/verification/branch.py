@@ -81,8 +81,12 @@ class _MarginGoals(MarginForms):
         part = self.batch.select(sample.tolist())
         with torch.no_grad():
             single = margins_at(forward(self.model.graph, self.model.single, points), part.labels).amin(1)
+        found: set[int] = set()
         for i in (single < 0).nonzero()[:, 0].tolist():
+            if int(sample[i]) in found:
+                continue
             if bool(replays(self.model, part.select([i]), points[i, None])[0]):
+                found.add(int(sample[i]))
                 yield i
 
     def descend(self, sample: Tensor, goal: Tensor, points: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ each sub-domain chooses for itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,8 +46,11 @@ class Proof:
 
 def with_forms(model: Model, unsafe: Unsafe) -> Model:
     """The network whose outputs [N, R] are ``A y - b`` of the case's forms; b is rounded up, so they are no larger."""
-    last = Node(FORMS, "linear", (model.graph.output.name,))
-    params = model.double | {f"{FORMS}.weight": unsafe.rows, f"{FORMS}.bias": -unsafe.bounds}
+    name = FORMS
+    while any(node.name == name for node in model.graph.nodes):  # names come from the file
+        name += "_"
+    last = Node(name, "linear", (model.graph.output.name,))
+    params = model.double | {f"{name}.weight": unsafe.rows, f"{name}.bias": -unsafe.bounds}
     return Model.of(Graph((*model.graph.nodes, last), model.graph.input_shape), params)
 
 
@@ -86,14 +89,15 @@ def prove(
     box = boxes[model.graph.nodes[0].name]
     goals.see(torch.cat([box.center, box.lower, box.upper]))
     goals.check(dict(enumerate(unsafe.worst(margins.lower)[0].tolist())))
-    opened, disjuncts = goals.seeds(margins)
+    left = goals.left(margins)
+    opened, disjuncts = goals.seeds(margins, left)
     budget = Budget(nodes=2**62, seconds=torch.inf, iterations=-(-ALPHA_STEPS // 2), deadline=deadline)
     work = Branching(whole, goals, margins, budget, [Tree(0, 0.0)])
     work.run(opened, disjuncts)
     (tree,) = work.trees
     proved = tree.bounds()
     goals.check(proved)
-    missing = any(not 0 < proved.get(d, -torch.inf) < torch.inf for d in disjuncts)
+    missing = any(not 0 < proved.get(d, -torch.inf) < torch.inf for d in left)
     return Proof(goals.witness, tree.reason(budget) or ("bounds" if missing else ""), tree.nodes)
 
 
@@ -126,13 +130,21 @@ class _Disjuncts:
     def members(self, goal: Tensor) -> Tensor | None:
         return self.incidence[goal] if self.unsafe.members.shape[1] > 1 else None
 
-    def seeds(self, margins: Margins) -> tuple[list[int], list[int]]:
-        """Rows of the margins, and disjuncts that are open: for each its form with the largest bound."""
+    def left(self, margins: Margins) -> list[int]:
+        """The disjuncts that are not proved; NaN proves nothing."""
+        found: list[int] = (~(self.unsafe.worst(margins.lower)[0] > 0)).nonzero()[:, 0].tolist()
+        return found
+
+    def seeds(self, margins: Margins, left: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Rows of the margins, and the disjuncts that they begin: of each its form with the largest bound.
+
+        A disjunct none of whose forms has a row (its bounds became NaN at last) is not begun, and so not proved.
+        """
         lower = margins.lower[0].nan_to_num(nan=-torch.inf)
-        left = (~(self.unsafe.worst(margins.lower)[0] > 0)).nonzero()[:, 0].tolist()
         place = {form: row for row, form in enumerate(margins.other.tolist())}
-        best = [max(self.unsafe.members[d].tolist(), key=lambda form: float(lower[form])) for d in left]
-        return [place[form] for form in best], left
+        known = {d: [form for form in self.unsafe.members[d].tolist() if form in place] for d in left}
+        best = {d: max(forms, key=lambda form: float(lower[form])) for d, forms in known.items() if forms}
+        return [place[form] for form in best.values()], list(best)
 
     def clip(self, sample: Tensor, points: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(points.float(), self.unsafe.first), self.unsafe.last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -58,9 +59,7 @@ class Tree:
 
     def settle(self, goal: int, lower: float) -> None:
         """No more is done about a sub-problem with this bound."""
-        # a NaN must stay, or a goal without a bound would seem proved
-        old = self.settled.get(goal, torch.inf)
-        self.settled[goal] = old if old <= lower else lower
+        self.settled[goal] = _least(lower, self.settled.get(goal, torch.inf))
         self.stuck |= not lower > 0
 
     def keep(self, node: Node) -> None:
@@ -75,7 +74,7 @@ class Tree:
         """By goal the smallest bound of its sub-problems: what is proved of the whole sample."""
         smallest = dict(self.settled)
         for node in self.open:
-            smallest[node.goal] = min(node.lower, smallest.get(node.goal, torch.inf))
+            smallest[node.goal] = _least(node.lower, smallest.get(node.goal, torch.inf))
         return smallest
 
     def reason(self, budget: Budget) -> str:
@@ -93,3 +92,8 @@ class Tree:
         """Whether sub-problems are left to be split, and the budget to do so."""
         # also where a leaf could not be proved: what is left may hold a counterexample
         return bool(self.open) and self.point is None and not self.reason(budget)
+
+
+def _least(one: float, other: float) -> float:
+    """The smaller of two bounds; NaN where either is: a goal without a bound must never seem proved."""
+    return one if math.isnan(one) or one < other else other

@@ -1,5 +1,6 @@
 """Branch and bound against the exact smallest margin and sampled points, its budgets, and planted faults."""
 
+import math
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -27,6 +28,7 @@ from cactus_ray.verification.attack import attack, descend
 from cactus_ray.verification.branch import Budget, Outcome, branch
 from cactus_ray.verification.cascade import verify
 from cactus_ray.verification.soundness import Batch, Model, replays
+from cactus_ray.verification.tree import Node, Tree
 from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "bounds"))
@@ -274,3 +276,15 @@ def test_another_parents_bounds_are_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not above_attacked()
     monkeypatch.setattr(module, "inherited", lambda whole, lower: torch.maximum(whole.roll(1), lower))
     assert above_attacked()
+
+
+@pytest.mark.parametrize("bounds", [(math.nan, 0.5), (0.5, math.nan), (math.nan, -0.5), (0.7, math.nan, 0.5)])
+def test_a_half_without_a_bound_leaves_its_goal_unproved(bounds: tuple[float, ...]) -> None:
+    tree = Tree(0, 0.0)
+    for bound in bounds:
+        tree.settle(0, bound)
+    tree.settle(1, 0.25)
+    assert math.isnan(tree.bounds()[0])
+    assert tree.bounds()[1] == 0.25
+    tree.keep(Node(-0.1, 1, 0, *[torch.zeros(1)] * 4, ()))
+    assert math.isnan(tree.bounds()[0])  # nor does an open one beside it

@@ -93,7 +93,13 @@ def _begin_quantised(config: RunConfig, graph: Graph, params: Params, auxiliary:
 
 
 def _formed(config: RunConfig, graph: Graph, params: Params, auxiliary: Params) -> Params:
-    """The network of weights U V + C; the factors stand beside them, for the level ``lr+sparse``."""
+    """The network of weights U V + C; the factors stand beside them, for the level ``lr+sparse``.
+
+    What is kept may be an average over several supports, and is projected; what is trained always is already.
+    """
+    if not torch.is_grad_enabled():
+        auxiliary = auxiliary | {name: auxiliary[name].clone() for name in _names(graph)}
+        _project([auxiliary[name] for name in _names(graph)], _entries(config, graph, params))
     found = params | {name: auxiliary[name] for name in _names(graph)}
     for node in graph.weighted():
         left, right, sparse = (auxiliary[f"{node.name}.{part}"] for part in PARTS)

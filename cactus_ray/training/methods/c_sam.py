@@ -43,7 +43,7 @@ def c_sam(step: Step) -> Iterator[Tensor]:
         return
     dense, soft = _dense(step), _soft(step.graph, step.auxiliary)
     first, second = (apply_masks(dense, _noisy(step, soft)) for _ in range(2))
-    certified, region = full_loss(replace(step, params=first), kind)
+    certified, region = full_loss(replace(step, params=first, statistics={}, adversarial_statistics={}), kind)
     yield certified + mask_loss(step, dense, soft, (first, second), _changed(step, region))
 
 
