@@ -148,8 +148,8 @@ def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
         if kind == "started":
             return _start(records, event)
         trial = records.trials.get(event.get("trial", ""))
-        if trial is None or (trial.status == "completed" and kind in ("trained", "stopped", "failed")):
-            return False  # what is complete stays so
+        if trial is None:
+            return False
         return _TAKERS[kind](trial, event)
     return True
 

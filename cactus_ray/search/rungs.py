@@ -111,8 +111,6 @@ class Rungs:
         if epoch not in self.asked(config):
             return None
         before = self.halving.standing(trial)
-        if before is not None and not before.go_on:
-            return None
         decision = self.halving.report(trial, epoch * self.epoch_cost(config), metrics, epoch / config.train.epochs)
         return None if decision is before else decision
 

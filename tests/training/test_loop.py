@@ -200,7 +200,7 @@ class Threads:
 
 
 def in_two_workers(job: Callable[[Threads], TrainResult]) -> list[TrainResult]:
-    shared: dict[str, Any] = {"barrier": threading.Barrier(2, timeout=60)}
+    shared: dict[str, Any] = {"barrier": threading.Barrier(2, timeout=240)}
     results: dict[int, TrainResult] = {}
     threads = [threading.Thread(target=lambda r=r: results.__setitem__(r, job(Threads(r, shared)))) for r in range(2)]
     for thread in threads:
