@@ -45,9 +45,11 @@ COMMON: dict[str, dict[str, Any]] = {
         "train": {"batch_size": 128, "ramp": 0.3, "regularizer": 0.5},
         "learning_rate": 0.001, "standard_weight": 0.3, "attack_steps": 1, "box_ratio": 0.6,
     },
-    "digits": {"train": {"batch_size": 32}, "learning_rate": 0.005, "standard_weight": 0.2, "box_ratio": 0.8},
+    "digits": {
+        "train": {"batch_size": 32}, "learning_rate": 0.005, "standard_weight": 0.2, "box_ratio": 0.8, "weight_bits": 4,
+    },
 }  # fmt: skip
-EPOCHS = {"mnist": 10, "digits": 40}
+EPOCHS = {"mnist": 10, "digits": 20}
 LONGER = {"mnist": 1.2, "digits": 1.2}
 """Epochs of every other method over those of CACTUS: the ratio of their steps' seconds."""
 CACTUS = {
@@ -146,7 +148,7 @@ def cascade(
 
 
 def show(results: dict[tuple[str, int], dict[str, Any]], levels: Sequence[str], reference: str) -> None:
-    """Markdown: standard / certified accuracy in %, mean and spread over seeds, and differences to a reference."""
+    """Markdown tables of accuracies, mean and spread over seeds; differences to a reference, paired by seed."""
     methods = list(dict.fromkeys(method for method, _ in results))
     seeds = {method: sorted(s for m, s in results if m == method) for method in methods}
     for title, value in (
@@ -155,16 +157,14 @@ def show(results: dict[tuple[str, int], dict[str, Any]], levels: Sequence[str], 
         ("standard", lambda row: row["standard"]),
         ("branch and bound", lambda row: row["branch"]["certified_accuracy"] if "branch" in row else None),
     ):
-        print(f"\n{title}, %, mean (smallest to largest)\n\n| level | " + " | ".join(methods) + " |")
-        print("|---" * (len(methods) + 1) + "|")
-        for level in levels:
+        print(f"\n{title}, %, mean (smallest to largest)\n\n| method | " + " | ".join(f"`{v}`" for v in levels) + " |")
+        print("|---" * (len(levels) + 1) + "|")
+        for method in methods:
             cells = []
-            for method in methods:
-                values = [
-                    100 * v for s in seeds[method] if (v := value(results[method, s]["levels"][level])) is not None
-                ]
-                cells.append(spread(values))
-            print(f"| `{level}` | " + " | ".join(cells) + " |")
+            for level in levels:
+                rows = [results[method, seed]["levels"][level] for seed in seeds[method]]
+                cells.append(spread([100 * v for row in rows if (v := value(row)) is not None]))
+            print(f"| `{method}` | " + " | ".join(cells) + " |")
     for method in methods:
         paired = [s for s in seeds[method] if s in seeds.get(reference, [])]
         if method == reference or not paired:
