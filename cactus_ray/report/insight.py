@@ -83,7 +83,9 @@ def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
         axis |= {"type": "log"} if not isinstance(parameter.domain, Choices) and parameter.domain.log else {}
         for column, objective in enumerate(objectives, 1):
             figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=column)
-            figure.update_yaxes(title_text=safe(_short(objective)), title_standoff=4, row=row, col=column)
+            figure.update_yaxes(
+                title_text=safe(_short(objective)).replace("@", "<br>@"), title_standoff=4, row=row, col=column
+            )
     return dressed(figure, 90 + ROW_HEIGHT * len(parameters), top=50, legend="above")
 
 

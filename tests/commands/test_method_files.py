@@ -22,7 +22,7 @@ FIXED = {
     "learning_rate": "0.005", "standard_weight": "0.3", "certified_loss": "ibp", "train.epochs": "6",
     "model.name": "mlp", "model.hidden": "[32]", "threat.epsilon": "0.05", "compression_set.strategy": "single",
     "compression_set.high": "0.75", "awp_radius": "0.5", "target_sparsity": "0.9", "weight_bits": "4",
-    "nrs_weight": "0.01", "awp_gamma": "0.01",
+    "nrs_weight": "0.01", "awp_gamma": "0.01", "mask_noise": "0.25",
 }  # fmt: skip
 
 
