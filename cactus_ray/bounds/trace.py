@@ -12,7 +12,7 @@ from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward, sl
 from cactus_ray.errors import UnsupportedGraphError
 
 _PATCHED = threading.Lock()
-"""Held while torch.fx traces: it replaces ``Module.__call__`` for all threads."""
+"""Held while torch.fx traces, and while modules are called: it replaces ``Module.__call__`` for all threads."""
 
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Params]:
@@ -36,7 +36,8 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Param
     for node in traced.nodes:
         builder.add(node)
     graph = Graph(tuple(builder.nodes), tuple(input_shape))
-    _check(module, graph, builder.params)
+    with _PATCHED:  # it calls the module
+        _check(module, graph, builder.params)
     return graph, builder.params
 
 
