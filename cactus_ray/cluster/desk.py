@@ -56,6 +56,7 @@ class Desk:
                 for found in self.pool.poll(POLL_SECONDS):
                     self._judge(found)
                 self.name_pending()
+                self.stay_alive()
                 self.over = self.study.budget.over()
                 if self.over and self.study.in_flight:
                     self._end_tune()  # trials in flight stay as they are in the records, for a later driver
@@ -86,8 +87,10 @@ class Desk:
                         self.mailbox.answer.remote(trial, content["epoch"], False)
                     continue
                 if kind == "begun":
-                    continue
-                if kind == "epoch":
+                    self.study.begun(trial, **content)
+                elif kind == "saved":
+                    self.study.saved(trial, **content)
+                elif kind == "epoch":
                     self.study.epoch(trial, **content)
                 elif kind == "rung":
                     self.mailbox.answer.remote(trial, content["epoch"], self.study.epoch(trial, **content))
@@ -99,6 +102,10 @@ class Desk:
                     self.study.failed(trial, **content)
             if messages:
                 self.changed.notify_all()
+
+    def stay_alive(self) -> None:
+        with self.lock:
+            self.study.alive()
 
     def name_pending(self) -> None:
         """Say once of every trial that waits too long for its resources what it waits for."""
@@ -161,15 +168,23 @@ class Desk:
                 start = self.study.next_trial() if free else None
                 if start is not None:
                     self.pending[start.id] = time.monotonic()
+                    if start.state is not None:
+                        ray.get(self.mailbox.hand.remote(start.id, start.state))
                     rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
-                    return {"trial": start.id, "run": start.config.to_dict(), "rungs": rungs}
+                    return {
+                        "trial": start.id,
+                        "run": start.config.to_dict(),
+                        "rungs": rungs,
+                        "epoch": start.epoch,
+                        "attempt": start.attempt,
+                    }
                 left = deadline - time.monotonic()
                 if left <= 0 or self.study.training:
                     return None
                 self.changed.wait(left)
 
     def trainer_ended(self, trial: str, error: bool) -> None:
-        """Tune says that a trial's function ended; one that died without mail has failed."""
+        """Tune says that a trial's function ended; one that died without mail is trained on."""
         with self.lock:
             self.pending.pop(trial, None)
         if not error:
@@ -177,5 +192,5 @@ class Desk:
         self.take_mail()
         with self.changed:
             if trial in self.study.training:
-                self.study.failed(trial, "the training process died (killed, or out of memory)")
+                self.study.died(trial, "the training process died (killed, or out of memory)")
                 self.changed.notify_all()

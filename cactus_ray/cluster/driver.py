@@ -33,6 +33,8 @@ from cactus_ray.search.space import Space
 from cactus_ray.search.study import Listener, Study
 from cactus_ray.verification.branch import DEFAULT_SECONDS
 
+PREFIX = "cactus-ray-"
+SCRATCH = ".scratch"
 Attach = Callable[[], AbstractContextManager[Listener | None]]
 
 
@@ -97,7 +99,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
         nested = execution_of(space.resources) == "train"
         available = stack.enter_context(connected(options.address, needs_dashboard=nested, cpus=options.cpus))
         shares = plan(space, available, node_shapes())
-        folder = stack.enter_context(_scratch(options.storage))
+        folder = stack.enter_context(scratch(study.store.path, options.storage))
         listener = stack.enter_context(attach()) if attach else None
         with _recorded_end(study, listener):
             pool = _pool(study, shares)
@@ -161,6 +163,7 @@ def _job(space: Space, shares: Plan, folder: Path, options: DriverOptions) -> Tr
         storage=str(folder),
         trust_code=options.trust_code,
         init=options.init,
+        state_seconds=r.state_seconds,
     )
 
 
@@ -180,13 +183,22 @@ def _tune(desk: Desk, job: TrainJob, shares: Plan, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(storage: str | None) -> Iterator[Path]:
-    """Ray's own pickled state lives here, outside the run; it is never read back and ends with the driver."""
+def scratch(run: Path, storage: str | None) -> Iterator[Path]:
+    """Ray's own pickled state lives here, outside the run; it is never read back and ends with the driver, or with the
+    next one of the run where the driver is killed."""
+    note, mine = run / SCRATCH, str(run.resolve())
+    if note.is_file():
+        left = Path(note.read_text())
+        if left.name.startswith(PREFIX) and (left / SCRATCH).is_file() and (left / SCRATCH).read_text() == mine:
+            shutil.rmtree(left, ignore_errors=True)
     base = Path(storage).resolve() if storage else None
     if base is not None:
         base.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="cactus-ray-", dir=base))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    (folder / SCRATCH).write_text(mine)  # says whose it is, so that no path in a run's folder can name another
+    note.write_text(str(folder))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        note.unlink(missing_ok=True)

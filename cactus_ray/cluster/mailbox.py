@@ -9,7 +9,8 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed"), trial, content."""
+"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), trial, content."""
+ENDS = ("trained", "stopped", "failed")
 
 
 class Mailbox:
@@ -20,14 +21,32 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
+        self.saved: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, bytes] = {}
         self.open: dict[tuple[str, int], asyncio.Future[bool]] = {}
 
     async def put(self, message: Message) -> None:
         self.messages.append(message)
+        if message[0] in ENDS:
+            self.states.pop(message[1], None)
+
+    async def save(self, trial: str, epoch: int, data: bytes) -> None:
+        """The state of a trial after an epoch that it has reported. One that waits is replaced by a newer one."""
+        self.saved[trial] = {"epoch": epoch, "data": data}
 
     async def take(self) -> list[Message]:
+        """What has come since the last call; the states last, so that their epochs are known before them."""
         taken, self.messages = self.messages, []
-        return taken
+        states, self.saved = self.saved, {}
+        return [*taken, *(("saved", trial, content) for trial, content in states.items())]
+
+    async def hand(self, trial: str, data: bytes) -> None:
+        """The driver's word from which state a trial goes on; kept until the trial ends."""
+        self.states[trial] = data
+
+    async def state(self, trial: str) -> bytes | None:
+        """What ``hand`` brought."""
+        return self.states.get(trial)
 
     async def ask(self, trial: str, content: dict[str, Any]) -> bool:
         """Report an epoch at a rung, and wait until the driver says whether the trial goes on."""

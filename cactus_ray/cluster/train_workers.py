@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,19 @@ from cactus_ray.data import load
 from cactus_ray.errors import UserError
 from cactus_ray.models.network import pack, unpack
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError, TrainResult, train
+from cactus_ray.training.state import unpack_state
 
 STATE_FILE = "state.safetensors"
+SAVING_SHARE = 0.05
+"""Saving states for a later driver takes at most about this part of the training."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainJob:
-    """What all trials of a study share. ``init``: bytes of a network to start from."""
+    """What all trials of a study share. ``init``: bytes of a network to start from.
+
+    ``state_seconds``: at least so long between two states of a trial that are sent to the driver.
+    """
 
     study: str
     execution: str
@@ -35,6 +42,7 @@ class TrainJob:
     storage: str
     trust_code: bool
     init: bytes | None = None
+    state_seconds: float = 0.0
 
 
 class TorchWorkers:
@@ -95,16 +103,50 @@ def describe(error: BaseException) -> str:
 def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     from ray import tune
 
-    mailbox.put.remote(("begun", trial["trial"], {}))
+    mailbox.put.remote(("begun", trial["trial"], {"epoch": trial["epoch"]}))
     torch.set_num_threads(job.threads)
+    keeper = Keeper(trial["trial"], job.state_seconds, mailbox)
     device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
     def report(epoch: EpochReport) -> bool:
         content = _scored(epoch, trial)
         tune.report(dict(epoch.metrics))
-        return _mail_epoch(content, trial, mailbox)
+        go_on = _mail_epoch(content, trial, mailbox)
+        if go_on:
+            keeper.keep(epoch)
+        return go_on
 
-    _mail_result(trial, _run_loop(trial["run"], job, report=report, device=device), mailbox)
+    state = _handed_state(trial, mailbox)
+    _mail_result(trial, _run_loop(trial["run"], job, report=report, device=device, state=state), mailbox)
+
+
+class Keeper:
+    """Sends the state of a trial to the driver now and then, whose disk every later driver reads."""
+
+    def __init__(self, trial: str, seconds: float, mailbox: Any) -> None:
+        self.trial, self.seconds, self.mailbox = trial, seconds, mailbox
+        self.due = time.monotonic() + seconds
+
+    def keep(self, epoch: EpochReport, data: bytes | None = None) -> None:
+        """Send the state after an epoch (``data`` where it is at hand), if it is time; nothing after the last one."""
+        import ray
+
+        started = time.monotonic()
+        if epoch.epoch == epoch.epochs or started < self.due:
+            return
+        ray.get(self.mailbox.save.remote(self.trial, epoch.epoch, epoch.save() if data is None else data))
+        now = time.monotonic()
+        self.due = now + max(self.seconds, (now - started) / SAVING_SHARE)
+
+
+def _handed_state(trial: dict[str, Any], mailbox: Any) -> bytes | None:
+    """The state from which the driver wants the trial to go on."""
+    import ray
+
+    if not trial["epoch"]:
+        return None
+    state: bytes | None = ray.get(mailbox.state.remote(trial["trial"]))
+    return state
 
 
 def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult:
@@ -159,7 +201,9 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=300),
         scaling_config=ray.train.ScalingConfig(num_workers=job.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
-            name=f"{job.study}-{trial['trial']}",  # a stable name: a worker that died goes on from its last checkpoint
+            # Stable within an attempt: a worker that died goes on from its last checkpoint. The workers of an earlier
+            # attempt, whose trial's actor died, may still be there.
+            name=f"{job.study}-{trial['trial']}-{trial['attempt']}",
             storage_path=job.storage,
             failure_config=ray.train.FailureConfig(max_failures=2),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -177,20 +221,26 @@ def _worker(config: dict[str, Any]) -> None:
     trial: dict[str, Any] = config["trial"]
     torch.set_num_threads(job.threads)
     workers = TorchWorkers()
+    mailbox = config["mailbox"]
+    keeper = Keeper(trial["trial"], job.state_seconds, mailbox)
+    saved = _saved_state()
+    state = _handed_state(trial, mailbox) if saved is None else saved
     if workers.rank == 0:
-        config["mailbox"].put.remote(("begun", trial["trial"], {}))
+        mailbox.put.remote(("begun", trial["trial"], {"epoch": 0 if state is None else unpack_state(state).epoch}))
 
     def report(epoch: EpochReport) -> bool:
         content = _scored(epoch, trial)
         if workers.rank > 0:  # the loop asks all workers, and one word suffices
             ray.train.report(dict(epoch.metrics))
             return True
-        go_on = _mail_epoch(content, trial, config["mailbox"])
+        go_on = _mail_epoch(content, trial, mailbox)
         if not go_on:  # no checkpoint: a restarted worker repeats this epoch and is told the same
             ray.train.report(dict(epoch.metrics))
             return False
+        data = epoch.save()
+        keeper.keep(epoch, data)
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, STATE_FILE).write_bytes(epoch.save())
+            Path(folder, STATE_FILE).write_bytes(data)
             ray.train.report(dict(epoch.metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
         return True
 
@@ -200,10 +250,10 @@ def _worker(config: dict[str, Any]) -> None:
         report=report,
         device=str(ray.train.torch.get_device()),
         workers=workers,
-        state=_saved_state(),
+        state=state,
     )
     if workers.rank == 0:
-        _mail_result(trial, result, config["mailbox"])
+        _mail_result(trial, result, mailbox)
 
 
 def _saved_state() -> bytes | None:

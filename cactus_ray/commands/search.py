@@ -75,7 +75,8 @@ def search(space: Space, options: SearchOptions) -> Records:
                 epoch_costs(example, lambda run: _untrained(run, data, options)),
             )  # fmt: skip
             if not records.study:
-                study.begin(describe(space, data) | {"init": _digest(options.driver.init)}, reference)
+                warm = {"source": options.source, "study": options.source_study} if options.source else None
+                study.begin(describe(space, data) | {"init": _digest(options.driver.init), "from": warm}, reference)
             if past is not None:
                 study.work()
                 study.warm(past)
@@ -116,7 +117,19 @@ def _digest(init: bytes | None) -> str | None:
 def _past(
     space: Space, options: SearchOptions, records: Records, reference: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """What ``--from`` brings; None without it, and where the records have it already."""
+    """What ``--from`` brings; None without it, and where the records have it already.
+
+    A driver that was killed before it had taken that up has left its name in the records.
+    """
+    asked = records.study.get("from")
+    if asked and not records.past and not records.trials and options.source in (None, asked["source"]):
+        try:
+            return past_of(asked["source"], asked["study"], space, reference)
+        except UserError as error:
+            raise UserError(
+                f"{options.run}: begun with --from {asked['source']}, which its driver had not taken up when it was "
+                f"killed, and which cannot be taken up now: {error} (--from-scratch begins anew)"
+            ) from error
     if options.source is None or any(event["source"] == options.source for event in records.past):
         return None
     if records.trials:

@@ -1,11 +1,12 @@
 """When a study has done enough: hard limits and the plateau of the hypervolume, followed from its events alone.
 
 Limits count work: hours in which a driver worked, whatever lay between drivers. What an earlier driver spent is read
-from the records, so a limit holds over all drivers of a run.
+from the records, so a limit holds over all drivers of a run. An epoch that was trained twice is work done twice.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,6 +44,7 @@ class Budget:
         self.search, self.resources, self.clock = space.search, space.resources, clock
         self.begun, self.earlier = clock(), sum(records.drivers)
         self.started = len(records.trials)
+        self.work = copy.deepcopy(records.work)
         self.training = {trial.id: train_seconds(trial) for trial in records.trials.values()}
         self.verifying = sum(records.ledger().values())
         self.plateau = Plateau(space.front, space.search.plateau_gain)
@@ -54,14 +56,13 @@ class Budget:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take up one event of the study."""
+        for trial, seconds in self.work.event(event).items():
+            self.training[trial] = self.training.get(trial, 0.0) + seconds
         match event["event"]:
             case "study":
                 self.plateau.reference = event["reference_point"]
             case "started":
                 self.started += 1
-            case "epoch":
-                seconds = float(event["metrics"].get("seconds") or 0.0)
-                self.training[event["trial"]] = self.training.get(event["trial"], 0.0) + seconds
             case "trained":
                 spent = self.training.get(event["trial"], 0.0)
                 self.training[event["trial"]] = max(spent, float(event["train_seconds"]))
@@ -103,9 +104,8 @@ class Budget:
 
 
 def train_seconds(trial: TrialRecord) -> float:
-    """Seconds that a trial trained: exact where it was trained to its end, else the epochs that were reported."""
-    epochs = sum(float(e["metrics"].get("seconds") or 0.0) for e in trial.epochs)
-    return max(trial.train_seconds or 0.0, epochs)
+    """Seconds that a trial trained, again after a kill and in vain among them (``search.work``)."""
+    return max(trial.train_seconds or 0.0, trial.worked)
 
 
 def gpu_seconds(resources: ResourceSettings, training: float, verifying: float) -> float:

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from cactus_ray.errors import UserError
 from cactus_ray.search.halving import Decision
+from cactus_ray.search.work import Work
 
 SCHEMA = 1
 COLUMNS = (
@@ -25,7 +26,7 @@ COLUMNS = (
 )  # fmt: skip
 EVENTS = (
     "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
-    "finished", "driver", "past",
+    "finished", "driver", "past", "begun", "died", "alive",
 )  # fmt: skip
 _TEXT = ("trial", "level", "method", "split", "config_hash")
 _COUNTS = ("samples", "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs")
@@ -42,7 +43,8 @@ class TrialRecord:
     of the cascade, ``overhead`` and ``lost`` (to verifiers that died or hung) among them; ``losses``: chunk -> how
     many verifiers it was lost with; ``rungs``: what was decided about it, rung by rung; ``spared``: level ->
     [trial, level] of the point that beats all that dear verification could have brought; ``epoch_cost``: of an
-    epoch for halving, in epochs of the study's reference.
+    epoch for halving, in epochs of the study's reference; ``worked``: seconds of training in all (``search.work``);
+    ``deaths``: furthest epoch -> how often the process that trained it died before the next one.
     """
 
     id: str
@@ -60,6 +62,8 @@ class TrialRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     train_seconds: float | None = None
+    worked: float = 0.0
+    deaths: dict[int, int] = field(default_factory=dict)
     checkpoint: str | None = None
     sha256: str | None = None
     verdicts: dict[str, dict[int, list[Any]]] = field(default_factory=dict)
@@ -89,6 +93,7 @@ class Records:
     past: list[dict[str, Any]] = field(default_factory=list)
     drivers: list[float] = field(default_factory=list)
     _begun: float | None = field(default=None, repr=False, compare=False)
+    work: Work = field(default_factory=Work, repr=False, compare=False)
 
     def points(self) -> list[dict[str, Any]]:
         """One row per (trial, level) of the completed trials."""
@@ -130,8 +135,16 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
     """Add one event; False if it does not fit what is known."""
-    kind = event["event"]
     _clock(records, event)
+    fits = _apply(records, event, file)
+    if fits:
+        for trial, seconds in records.work.event(event).items():
+            records.trials[trial].worked += seconds
+    return fits
+
+
+def _apply(records: Records, event: dict[str, Any], file: Path) -> bool:
+    kind = event["event"]
     if kind == "study":
         if event.get("schema") != SCHEMA:
             raise UserError(f"{file}: records of schema {event.get('schema')!r}; this version reads {SCHEMA}")
@@ -140,7 +153,7 @@ def _take(records: Records, event: dict[str, Any], file: Path) -> bool:
         records.finished = event
     else:
         records.finished = None  # something happened after the end: the run was resumed
-        if kind == "driver":
+        if kind in ("driver", "alive"):
             return True
         if kind == "past":
             records.past.append(event)
@@ -183,6 +196,18 @@ def _start(records: Records, event: dict[str, Any]) -> bool:
 
 def _epoch(trial: TrialRecord, event: dict[str, Any]) -> bool:
     trial.epochs = [e for e in trial.epochs if e.get("epoch") != event.get("epoch")] + [event]
+    return True
+
+
+def _noted(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    return True  # for ``work``, and for whoever reads the file
+
+
+def _died(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    epoch = event.get("epoch")
+    if not isinstance(epoch, int):
+        return False
+    trial.deaths[epoch] = trial.deaths.get(epoch, 0) + 1
     return True
 
 
@@ -274,8 +299,8 @@ def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
 
 
 _TAKERS = {
-    "epoch": _epoch, "rung": _rung, "trained": _trained, "verdicts": _verdicts, "lost": _lost, "spared": _spared,
-    "completed": _completed, "failed": _failed, "stopped": _failed,
+    "begun": _noted, "died": _died, "epoch": _epoch, "rung": _rung, "trained": _trained, "verdicts": _verdicts,
+    "lost": _lost, "spared": _spared, "completed": _completed, "failed": _failed, "stopped": _failed,
 }  # fmt: skip
 
 

@@ -100,6 +100,12 @@ class ResourceSettings:
         doc="a verifier that works longer on a task, beyond the seconds per sample, is taken for hung and replaced",
         exclusive_minimum=0.0,
     )
+    state_seconds: float = setting(
+        60.0,
+        doc="the state of a trial that trains is kept after an epoch, at most once in so many seconds, for a later "
+        "driver; 0: after every epoch",
+        minimum=0.0,
+    )
     execution: str = setting("auto", doc="train: Ray Train; direct: in the trial's actor", choices=EXECUTIONS)
     threads: int = setting(1, doc="torch threads of a worker or verifier", minimum=1)
 

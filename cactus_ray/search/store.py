@@ -21,7 +21,17 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.pareto import non_dominated
 from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
 
-__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "with_front", "write_tables"]
+__all__ = [
+    "COLUMNS",
+    "Records",
+    "RunStore",
+    "TrialRecord",
+    "append_line",
+    "read_records",
+    "with_front",
+    "write_tables",
+    "write_whole",
+]
 
 
 class RunStore:
@@ -65,7 +75,7 @@ class RunStore:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""
         path = self.path / "checkpoints" / f"{trial}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        _replace(path, network)
+        write_whole(path, network)
         return path
 
 
@@ -83,6 +93,16 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file anew; it is whole and on disk when this returns, and never half there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _without_non_finite(value: Any) -> Any:
@@ -120,13 +140,4 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     temporary.replace(path)

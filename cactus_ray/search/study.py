@@ -7,9 +7,10 @@ Nothing here knows Ray, so the whole course can be tested and replayed. Every ch
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import UserError
 from cactus_ray.search.budget import Budget
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
+from cactus_ray.search.in_flight import forget_state, forget_states, keep_state, kept_state
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import past_trial
 from cactus_ray.search.points import Suggested
@@ -25,9 +27,14 @@ from cactus_ray.search.rungs import Cost, Rungs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records, RunStore, TrialRecord
+from cactus_ray.search.work import ALIVE_SECONDS
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
+DEATHS = 3
+"""So many processes that train a trial may die before its next epoch ends: what kills them may be the trial itself."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,7 @@ class TrialStart:
     """A trial that shall be trained.
 
     ``asked``: epochs after which it waits for an answer; ``scored``: epochs after which the proxies are measured.
+    ``state``: after ``epoch`` epochs, from which it goes on; ``attempt``: counts the processes that trained it.
     """
 
     id: str
@@ -42,6 +50,9 @@ class TrialStart:
     config: RunConfig
     asked: tuple[int, ...] = ()
     scored: tuple[int, ...] = ()
+    epoch: int = 0
+    state: bytes | None = None
+    attempt: int = 1
 
 
 class Study:
@@ -49,8 +60,8 @@ class Study:
 
     A new study begins with an ``study`` event; given the records of an earlier driver it goes on: complete, failed and
     stopped trials are kept, trained ones are only verified where they have no verdict yet, and those that were training
-    are trained again with the same configuration. ``cost``: of an epoch, for halving (see ``rungs.epoch_costs``);
-    without it every epoch costs 1.
+    go on from the last state that was kept of them, or else are trained again with the same configuration. ``cost``: of
+    an epoch, for halving (see ``rungs.epoch_costs``); without it every epoch costs 1.
     """
 
     def __init__(
@@ -84,12 +95,17 @@ class Study:
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
         self.earlier: dict[str, TrialRecord] = {}
+        self.reached = {t.id: max((e["epoch"] for e in t.epochs), default=0) for t in records.trials.values()}
+        self.deaths = {trial.id: dict(trial.deaths) for trial in records.trials.values()}
+        self.passed_over: dict[str, tuple[str, ...]] = {}
+        self.said = time.monotonic()
         self.waiting: list[str] = []
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
         self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
         self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
         for trial in records.trials.values():
             self._take_up(trial)
+        forget_states(store.path, {start.id for start in self.restart})
 
     def _take_up(self, trial: TrialRecord) -> None:
         self.numbers[trial.id] = trial.number
@@ -140,7 +156,7 @@ class Study:
         if self.budget.over():
             return None
         if self.restart:
-            start = self.restart.pop(0)
+            start = self._with_state(self.restart.pop(0))
         else:
             if self.finished + self.in_flight >= self.space.search.trials or self.budget.enough():
                 return None
@@ -178,11 +194,47 @@ class Study:
     def _start(self, trial: str, number: int, config: RunConfig) -> TrialStart:
         return TrialStart(trial, number, config, self.rungs.asked(config), self.rungs.scored(config))
 
+    def _with_state(self, start: TrialStart) -> TrialStart:
+        """Where the training of a trial that was broken off goes on; what cannot be used is said and recorded."""
+        kept = kept_state(self.store.path, start.id, start.config)
+        for note in kept.notes:
+            logger.warning("%s: %s", start.id, note)
+        self.passed_over[start.id] = kept.notes
+        attempt = 1 + sum(self.deaths.get(start.id, {}).values())
+        return replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
+
     # --- what happens
+
+    def begun(self, trial: str, epoch: int) -> None:
+        """The process that trains a trial is there, and goes on after so many epochs."""
+        notes = self.passed_over.pop(trial, ())
+        self._emit({"event": "begun", "trial": trial, "epoch": epoch} | ({"notes": list(notes)} if notes else {}))
+
+    def saved(self, trial: str, epoch: int, data: bytes) -> None:
+        """The state of a trial after an epoch arrived: a later driver, or another process, goes on from it."""
+        keep_state(self.store.path, trial, epoch, data)
+
+    def died(self, trial: str, reason: str) -> None:
+        """The process that trained a trial died. Another one goes on, unless too many died before the same epoch."""
+        epoch = self.reached.get(trial, 0)
+        self._emit({"event": "died", "trial": trial, "epoch": epoch, "reason": reason})
+        deaths = self.deaths.setdefault(trial, {})
+        deaths[epoch] = deaths.get(epoch, 0) + 1
+        if deaths[epoch] >= DEATHS:
+            self.failed(trial, f"{reason}, {DEATHS} times in epoch {epoch + 1}")
+            return
+        self.training.discard(trial)
+        self.restart.append(self._start(trial, self.numbers[trial], self.configs[trial]))
+
+    def alive(self) -> None:
+        """Write that the driver works, where nothing else was written for long: so it is known when it was killed."""
+        if time.monotonic() - self.said >= ALIVE_SECONDS:
+            self._emit({"event": "alive"})
 
     def epoch(self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> bool:
         """An epoch of a trial ended; whether the trial goes on. A new decision is recorded with all that led to it."""
         self._emit({"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+        self.reached[trial] = max(self.reached.get(trial, 0), epoch)
         if (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
             self._emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
         return self.rungs.stopped(trial) is None
@@ -208,6 +260,7 @@ class Study:
             }
         )  # fmt: skip
         self.training.discard(trial)
+        forget_state(self.store.path, trial)
         earlier = self.earlier.pop(trial, None)  # the same weights again, whose file was lost: verdicts still hold
         same = earlier if earlier is not None and earlier.sha256 == digest else None
         self.verifying[trial] = Verification.of(same, trial, self.pieces, seconds)
@@ -303,6 +356,7 @@ class Study:
 
     def _ended(self, trial: str, status: str) -> None:
         self.training.discard(trial)
+        forget_state(self.store.path, trial)
         self.verifying.pop(trial, None)
         self.finished += 1
         self.sampler.tell(self.numbers[trial], None, status)
@@ -328,6 +382,7 @@ class Study:
 
     def _emit(self, event: Event) -> None:
         event = {**event, "time": time.time()}
+        self.said = time.monotonic()
         self.store.append(event)
         self.budget.event(event)
         for listener in self.listeners:
