@@ -36,6 +36,7 @@ VERIFIED = 8
 ROW_BYTES, EPOCH_BYTES, EVENT_BYTES, PAGE_BYTES = 64, 320, 2_000, 6_000_000
 """Bytes of a verdict's row, of an epoch's line and of a trial's other lines in ``trials.jsonl``; of ``report.html``."""
 ON_FRONT = 20
+STATE_NETWORKS = 10  # networks that a trial in flight takes: five in a state, two states while one replaces another
 """Networks that are taken to be on the front at once; the others are not kept."""
 
 
@@ -70,15 +71,16 @@ def estimate(space: Space, data: DataSet, untrained: Network, run: Path, address
 
 
 def disk_bytes(space: Space, data: DataSet, untrained: Network) -> int:
-    """About how much a run of the space writes: networks (the chosen one and the other of last and best), records,
-    tables and the page."""
+    """About how much a run of the space writes: networks (the chosen one and the other of last and best), states
+    of trials under way, records, tables and the page."""
     samples = len(data.labels["selection"])
     if isinstance(space.samples, int):
         samples = min(samples, space.samples)
     lines = samples * len(space.levels) * ROW_BYTES + EVENT_BYTES
     lines += EPOCH_BYTES * int(space.base["train"]["epochs"])
     kept = space.search.trials if space.search.keep == "all" else min(space.search.trials, ON_FRONT)
-    return space.search.trials * lines + 2 * kept * len(pack(untrained)) + PAGE_BYTES
+    networks = 2 * kept + STATE_NETWORKS * (space.search.concurrency or 1)
+    return space.search.trials * lines + networks * len(pack(untrained)) + PAGE_BYTES
 
 
 def free_bytes(run: Path) -> int:

@@ -7,7 +7,6 @@ Nothing here knows Ray, so the whole course can be tested and replayed. Every ch
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ from typing import Any
 
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import UserError
+from cactus_ray.search.attempts import DEATHS, Attempts
 from cactus_ray.search.budget import Budget
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
-from cactus_ray.search.in_flight import forget_state, forget_states, keep_state, kept_state
+from cactus_ray.search.in_flight import forget_state, forget_states, keep_state
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import past_trial
 from cactus_ray.search.points import Suggested
@@ -31,10 +31,6 @@ from cactus_ray.search.work import ALIVE_SECONDS
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
-DEATHS = 3
-"""So many processes that train a trial may die before its next epoch ends: what kills them may be the trial itself."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +91,7 @@ class Study:
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
         self.earlier: dict[str, TrialRecord] = {}
-        self.reached = {t.id: max((e["epoch"] for e in t.epochs), default=0) for t in records.trials.values()}
-        self.deaths = {trial.id: dict(trial.deaths) for trial in records.trials.values()}
-        self.passed_over: dict[str, tuple[str, ...]] = {}
+        self.attempts = Attempts(store.path, records)
         self.said = time.monotonic()
         self.waiting: list[str] = []
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
@@ -156,7 +150,9 @@ class Study:
         if self.budget.over():
             return None
         if self.restart:
-            start = self._with_state(self.restart.pop(0))
+            start = self.restart.pop(0)
+            kept, attempt = self.attempts.next(start.id, start.config)
+            start = replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
         else:
             if self.finished + self.in_flight >= self.space.search.trials or self.budget.enough():
                 return None
@@ -194,21 +190,11 @@ class Study:
     def _start(self, trial: str, number: int, config: RunConfig) -> TrialStart:
         return TrialStart(trial, number, config, self.rungs.asked(config), self.rungs.scored(config))
 
-    def _with_state(self, start: TrialStart) -> TrialStart:
-        """Where the training of a trial that was broken off goes on; what cannot be used is said and recorded."""
-        kept = kept_state(self.store.path, start.id, start.config)
-        for note in kept.notes:
-            logger.warning("%s: %s", start.id, note)
-        self.passed_over[start.id] = kept.notes
-        attempt = 1 + sum(self.deaths.get(start.id, {}).values())
-        return replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
-
     # --- what happens
 
     def begun(self, trial: str, epoch: int) -> None:
         """The process that trains a trial is there, and goes on after so many epochs."""
-        notes = self.passed_over.pop(trial, ())
-        self._emit({"event": "begun", "trial": trial, "epoch": epoch} | ({"notes": list(notes)} if notes else {}))
+        self._emit({"event": "begun", "trial": trial, "epoch": epoch, **self.attempts.begun(trial)})
 
     def saved(self, trial: str, epoch: int, data: bytes) -> None:
         """The state of a trial after an epoch arrived: a later driver, or another process, goes on from it."""
@@ -216,11 +202,9 @@ class Study:
 
     def died(self, trial: str, reason: str) -> None:
         """The process that trained a trial died. Another one goes on, unless too many died before the same epoch."""
-        epoch = self.reached.get(trial, 0)
+        epoch = self.attempts.furthest(trial)
         self._emit({"event": "died", "trial": trial, "epoch": epoch, "reason": reason})
-        deaths = self.deaths.setdefault(trial, {})
-        deaths[epoch] = deaths.get(epoch, 0) + 1
-        if deaths[epoch] >= DEATHS:
+        if self.attempts.died(trial):
             self.failed(trial, f"{reason}, {DEATHS} times in epoch {epoch + 1}")
             return
         self.training.discard(trial)
@@ -234,7 +218,7 @@ class Study:
     def epoch(self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> bool:
         """An epoch of a trial ended; whether the trial goes on. A new decision is recorded with all that led to it."""
         self._emit({"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
-        self.reached[trial] = max(self.reached.get(trial, 0), epoch)
+        self.attempts.reach(trial, epoch)
         if (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
             self._emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
         return self.rungs.stopped(trial) is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from course import REFERENCE, SPACE, begin, result, resume, started
 
-from cactus_ray.search.budget import Budget, Plateau
+from cactus_ray.search.budget import Budget, Plateau, train_seconds
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, read_records
 
@@ -94,3 +94,34 @@ def test_a_study_at_its_limit_of_hours_starts_nothing_and_forgets_nothing(tmp_pa
     assert study.next_trial() is None
     assert study.done
     assert study.reference == REFERENCE
+
+
+def test_work_that_was_done_twice_or_lost_counts_and_downtime_does_not(tmp_path: Path) -> None:
+    trial = {"trial": "t0001"}
+
+    def epoch(number: int, seconds: float | None) -> dict[str, Any]:
+        return {**trial, "epoch": number, "epochs": 3, "metrics": {"seconds": seconds}}
+
+    events = [
+        ("study", 0.0, {"schema": 1}), ("driver", 0.0, {}), ("started", 1.0, {**trial, "number": 1}),
+        ("begun", 5.0, {**trial, "epoch": 0}), ("epoch", 15.0, epoch(1, 9.0)), ("epoch", 25.0, epoch(2, 9.0)),
+        ("alive", 31.0, {}),  # killed: 6 s are known to be lost
+        ("driver", 1000.0, {}), ("begun", 1010.0, {**trial, "epoch": 1}), ("epoch", 1020.0, epoch(2, 8.0)),
+        ("died", 1023.0, {**trial, "epoch": 2, "reason": "killed"}),  # 3 s
+        ("begun", 1030.0, {**trial, "epoch": 2}), ("epoch", 1035.0, epoch(3, None)),
+        ("finished", 1037.0, {"status": "interrupted", "seconds": 37.0}),  # 2 s
+        ("driver", 2000.0, {}), ("begun", 2001.0, {**trial, "epoch": 2}),
+        ("epoch", 2010.0, epoch(3, 7.0)),
+        ("trained", 2011.0, {**trial, "train_seconds": 24.0, "checkpoint": "c", "sha256": "s"}),
+        ("failed", 2500.0, {**trial, "error": "no verifier survived"}),  # it did not train then
+    ]  # fmt: skip
+    records = write(tmp_path, events)
+    spent = 9 + 9 + 6 + 8 + 3 + 2 + 7
+    assert train_seconds(records.trials["t0001"]) == pytest.approx(spent)
+    limited = space({"max_gpu_hours": 1.0}, gpus_per_worker=0.5)
+    assert Budget(limited, records).gpu_hours == pytest.approx(0.5 * spent / 3600)
+    halves = [Budget(limited, write(tmp_path, events[:cut])) for cut in range(1, len(events))]
+    for cut, budget in enumerate(halves, 1):  # what a driver follows is what the next one reads
+        for kind, time, more in events[cut:]:
+            budget.event({"event": kind, "time": time, "reference_point": {}, **more})
+        assert budget.gpu_hours == pytest.approx(0.5 * spent / 3600)

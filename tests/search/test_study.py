@@ -1,5 +1,6 @@
 """The course of a study: what is recorded, what is told, and what a driver that died leaves behind."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from course import SPACE, begin, result, resume, started
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import read_records, with_front
 from cactus_ray.search.study import Study
+from cactus_ray.search.work import ALIVE_SECONDS
 
 
 @pytest.fixture
@@ -156,3 +158,15 @@ def test_a_configuration_that_cannot_be_built_is_recorded_and_the_next_one_drawn
     first = read_records(tmp_path).trials["t0001"]
     assert first.status == "failed"
     assert "compression_set.low" in str(first.error)
+
+
+def test_a_silent_driver_says_now_and_then_that_it_works(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(space, tmp_path)
+    now = time.monotonic()
+    for later, lines in ((ALIVE_SECONDS - 1, 1), (ALIVE_SECONDS + 1, 2), (ALIVE_SECONDS + 2, 2)):
+        monkeypatch.setattr("cactus_ray.search.study.time.monotonic", lambda later=later: now + later)
+        study.alive()
+        assert (tmp_path / "trials.jsonl").read_bytes().count(b"\n") == lines
+    assert read_records(tmp_path).damaged_lines == 0

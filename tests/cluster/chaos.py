@@ -1,0 +1,114 @@
+"""Kills the processes of a search at random moments, and says what is left of it. Linux only (``/proc``)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+TRAINER, VERIFIER = "ray::ImplicitFunc", "ray::Verifier"
+"""Titles of the processes of Ray in which trials train (directly) and verifiers work."""
+
+
+@contextlib.contextmanager
+def adopting() -> Iterator[None]:
+    """Inside the block, processes whose parent died become children of this one, so that none gets out of sight."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def below(root: int) -> dict[int, str]:
+    """Command lines of the live processes below ``root``, by id."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state not in "ZX":
+                    parents[int(entry.name)] = int(parent)
+    found: dict[int, str] = {}
+    ring = {root}
+    while ring:
+        ring = {pid for pid, parent in parents.items() if parent in ring}
+        for pid in ring:
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+@dataclass
+class Search:
+    """A search in a process of its own, started again whenever it was killed. ``seconds``: that its drivers lived."""
+
+    command: list[str]
+    log: Path
+    seconds: float = 0.0
+    begun: float = 0.0
+    process: subprocess.Popen[bytes] | None = None
+    kills: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        self.begun = time.monotonic()
+
+    def wait(self, seconds: float) -> int:
+        """The exit status of the driver, which is awaited for so long."""
+        assert self.process is not None
+        status = self.process.wait(timeout=seconds)
+        self.seconds += time.monotonic() - self.begun
+        self.process = None
+        return status
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def kill_driver(self, number: int) -> int:
+        """End the driver; its exit status. Ctrl-C is pressed again after a while, as people do."""
+        assert self.process is not None
+        self.kills.append(signal.Signals(number).name)
+        for _ in range(6):
+            self.process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.wait(30)
+        raise AssertionError(f"the driver outlived six {self.kills[-1]}")
+
+    def kill_part(self, title: str, choose: random.Random) -> bool:
+        """SIGKILL one process of the driver that bears the title; False where there is none."""
+        assert self.process is not None
+        parts = sorted(pid for pid, line in below(self.process.pid).items() if line.startswith(title))
+        if not parts:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(choose.choice(parts), signal.SIGKILL)
+        self.kills.append(title)
+        return True
+
+
+def wait_for(reached: Callable[[], bool], seconds: float) -> bool:
+    """Whether it comes to that within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def leftovers(seconds: float = 30.0) -> dict[int, str]:
+    """Processes below this one that are still there after so many seconds."""
+    wait_for(lambda: not below(os.getpid()), seconds)
+    return below(os.getpid())
