@@ -36,8 +36,9 @@ VERIFIED = 8
 ROW_BYTES, EPOCH_BYTES, EVENT_BYTES, PAGE_BYTES = 64, 320, 2_000, 6_000_000
 """Bytes of a verdict's row, of an epoch's line and of a trial's other lines in ``trials.jsonl``; of ``report.html``."""
 ON_FRONT = 20
-STATE_NETWORKS = 10  # networks that a trial in flight takes: five in a state, two states while one replaces another
 """Networks that are taken to be on the front at once; the others are not kept."""
+STATE_NETWORKS = 10
+"""Networks that a trial in flight takes: five in a state, two states while one replaces the other."""
 
 
 @dataclass(frozen=True, slots=True)

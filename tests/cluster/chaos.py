@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
-import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from cactus_ray.config import RunConfig, parse
+from cactus_ray.data import load
+from cactus_ray.models.network import pack
+from cactus_ray.training.loop import train
 
 PR_SET_CHILD_SUBREAPER = 36
 TRAINER, VERIFIER = "ray::ImplicitFunc", "ray::Verifier"
@@ -86,16 +92,17 @@ class Search:
                 return self.wait(30)
         raise AssertionError(f"the driver outlived six {self.kills[-1]}")
 
-    def kill_part(self, title: str, choose: random.Random) -> bool:
-        """SIGKILL one process of the driver that bears the title; False where there is none."""
+    def parts(self, title: str) -> list[int]:
+        """Processes below the driver that bear the title."""
         assert self.process is not None
-        parts = sorted(pid for pid, line in below(self.process.pid).items() if line.startswith(title))
-        if not parts:
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(choose.choice(parts), signal.SIGKILL)
+        return sorted(pid for pid, line in below(self.process.pid).items() if line.startswith(title))
+
+    def kill_part(self, title: str) -> None:
+        """SIGKILL the first process below the driver that bears the title; it may have ended meanwhile."""
+        for pid in self.parts(title)[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.kills.append(title)
-        return True
 
 
 def wait_for(reached: Callable[[], bool], seconds: float) -> bool:
@@ -112,3 +119,10 @@ def leftovers(seconds: float = 30.0) -> dict[int, str]:
     """Processes below this one that are still there after so many seconds."""
     wait_for(lambda: not below(os.getpid()), seconds)
     return below(os.getpid())
+
+
+def plain_network(config: dict[str, Any]) -> str:
+    """Digest of the network that undisturbed training gives."""
+    run = parse(RunConfig, config)
+    found = train(run, load(run.data, ("train", "selection")), report=lambda epoch: True).network
+    return hashlib.sha256(pack(found)).hexdigest()

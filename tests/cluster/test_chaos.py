@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from chaos import TRAINER, VERIFIER, Search, adopting, leftovers
+from chaos import TRAINER, VERIFIER, Search, adopting, leftovers, plain_network, wait_for
 
 from cactus_ray.search.budget import train_seconds
 from cactus_ray.search.halving import replayed
@@ -57,8 +57,11 @@ def events(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def torment(search: Search, run: Path, kills: int, choose: random.Random) -> None:
-    """Kill ``kills`` times at random moments, and let the search end. What was written stays as it was written."""
+def torment(search: Search, run: Path, victims: list[str], pauses: list[float]) -> None:
+    """Kill one victim after the other, each after its pause, and let the search end.
+
+    What was written stays as it was written. The pause before a part of the driver is killed begins when there is one.
+    """
     written = b""
 
     def started() -> None:
@@ -69,19 +72,20 @@ def torment(search: Search, run: Path, kills: int, choose: random.Random) -> Non
         search.start()
 
     started()
-    while len(search.kills) < kills:
-        victim = choose.choice([TRAINER, VERIFIER, "SIGKILL", "SIGKILL", "SIGINT"])
-        pause = choose.uniform(0.5, 15.0)
+    for victim, pause in zip(victims, pauses, strict=True):
+        part = victim in (TRAINER, VERIFIER)
+        if part:
+            assert wait_for(lambda part=victim: bool(search.parts(part)) or not search.running, 300)
         time.sleep(pause)
-        assert search.running, f"ended after {search.kills}: {search.log.read_text()[-3000:]}"
-        if victim in (TRAINER, VERIFIER):
-            search.kill_part(victim, choose)
-        else:
-            number = signal.Signals[victim]
-            status = search.kill_driver(number)
-            assert status in ((-signal.SIGKILL,) if number == signal.SIGKILL else (130, -signal.SIGINT)), status
-            started()
-    assert search.wait(600) == 0, search.log.read_text()[-3000:]
+        assert search.running, f"too short, it ended after {search.kills}: {search.log.read_text()[-3000:]}"
+        if part:
+            search.kill_part(victim)
+            continue
+        number = signal.Signals[victim]
+        status = search.kill_driver(number)
+        assert status in ((-number,) if number == signal.SIGKILL else (130, -number)), search.log.read_text()[-3000:]
+        started()
+    assert search.wait(900) == 0, search.log.read_text()[-3000:]
     assert (run / "trials.jsonl").read_bytes().startswith(written)
 
 
@@ -118,6 +122,26 @@ def assert_ledger_makes_sense(records: Records, search: Search) -> None:
         assert training[trial.id] > 0
 
 
+def test_three_kills_change_no_network_and_repeat_no_verdict(tmp_path: Path) -> None:
+    short = {"train": {"epochs": 6, "batch_size": 32}, "search": {**SPACE["search"], "trials": 2}}
+    file, run = tmp_path / "tiny.yaml", tmp_path / "runs" / "tiny"
+    file.write_text(yaml.safe_dump({**SPACE, **short}))
+    search = Search(command(file, run.parent), tmp_path / "log")
+    with adopting():
+        choose = random.Random(3)
+        torment(search, run, [TRAINER, VERIFIER, "SIGKILL"], [choose.uniform(0.0, 3.0) for _ in range(3)])
+        assert leftovers() == {}
+    records = read_records(run)
+    for trial in records.trials.values():
+        assert trial.status == "completed", trial.error
+        assert trial.sha256 == plain_network(trial.config)
+        assert {len(rows) for rows in trial.verdicts.values()} == {100}
+        assert all(row[5] != "verifier_died" for rows in trial.verdicts.values() for row in rows.values())
+    assert_nothing_twice(run)
+    assert_ledger_makes_sense(records, search)
+    assert not list((run / FOLDER).iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("search", [{"sampler": "random"}, {"sampler": "tpe", "scheduler": {"name": "asha"}}])
@@ -132,7 +156,9 @@ def test_twenty_kills_change_nothing(tmp_path: Path, search: dict[str, Any]) -> 
         assert calm.wait(900) == 0, calm.log.read_text()[-3000:]
         assert leftovers() == {}
         wild = Search(command(file, tmp_path / "broken"), tmp_path / "broken.log")
-        torment(wild, broken, 20, random.Random(20261121))
+        choose = random.Random(20261121)
+        victims = [choose.choice([TRAINER, VERIFIER, "SIGKILL", "SIGKILL", "SIGINT"]) for _ in range(20)]
+        torment(wild, broken, victims, [choose.uniform(0.0, 15.0) for _ in victims])
         assert leftovers() == {}
     theirs, ours = read_records(through), read_records(broken)
     assert outcome(ours) == outcome(theirs)

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from chaos import TRAINER, Search, adopting, below, leftovers, wait_for
+from chaos import TRAINER, Search, adopting, below, leftovers, plain_network, wait_for
 from tiny_study import REFERENCE, SPACE, space
 
 from cactus_ray.cluster.driver import PREFIX, SCRATCH, DriverOptions, run_study, scratch
-from cactus_ray.config import RunConfig, parse
-from cactus_ray.data import load
-from cactus_ray.models.network import pack
 from cactus_ray.search.in_flight import FOLDER
 from cactus_ray.search.store import Records, RunStore, read_records
 from cactus_ray.search.study import Event, Study
-from cactus_ray.training.loop import train
 
 LONG = {
     "train": {"epochs": 12, "batch_size": 32}, "data": {"name": "digits"}, "model": {"name": "cnn_small"},
     "resources": {**SPACE["resources"], "state_seconds": 0.0},
 }  # fmt: skip
-
-
-def plain_network(config: dict[str, Any]) -> str:
-    """Digest of the network that undisturbed training gives."""
-    run = parse(RunConfig, config)
-    found = train(run, load(run.data, ("train", "selection")), report=lambda epoch: True).network
-    return hashlib.sha256(pack(found)).hexdigest()
 
 
 @pytest.mark.ray
