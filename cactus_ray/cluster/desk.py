@@ -39,6 +39,7 @@ class Desk:
         self.over: str | None = None
         self.pending: dict[str, float] = {}
         self.closing = threading.Event()
+        self.interrupted: float | None = None
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
     def start(self) -> None:
@@ -60,6 +61,9 @@ class Desk:
                 self.over = self.study.budget.over()
                 if self.over and self.study.in_flight:
                     self._end_tune()  # trials in flight stay as they are in the records, for a later driver
+                    return
+                if self.interrupted is not None and time.monotonic() - self.interrupted > INTERRUPT_SECONDS:
+                    self._end_tune()
                     return
         except BaseException as error:  # the main thread must learn of it, whatever it is
             with self.changed:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -106,7 +108,8 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
             desk = Desk(study, shares, pool, ray.remote(num_cpus=0)(Mailbox).remote())
             desk.start()
             try:
-                _tune(desk, _job(space, shares, folder, options), shares, folder)
+                with _heard(desk):
+                    _tune(desk, _job(space, shares, folder, options), shares, folder)
             except KeyboardInterrupt:
                 if desk.error is None and not desk.over:
                     raise
@@ -149,6 +152,25 @@ def _recorded_end(study: Study, listener: Listener | None) -> Iterator[None]:
         study.end(status, time.monotonic() - begin)
         if listener is not None:
             study.listeners.remove(listener)
+
+
+@contextlib.contextmanager
+def _heard(desk: Desk) -> Iterator[None]:
+    """Remember Ctrl-C and SIGTERM: one that meets Ray inside a callback is lost, and the desk repeats it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        desk.interrupted = time.monotonic()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
 
 
 def _job(space: Space, shares: Plan, folder: Path, options: DriverOptions) -> TrainJob:

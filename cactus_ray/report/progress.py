@@ -113,6 +113,13 @@ class StudyProgress:
             trial.said = time.monotonic()
             self._say(f"{event['trial']} epoch {trial.epoch}/{trial.epochs}: {_metrics(trial.metrics)}")
 
+    def _on_begun(self, event: Mapping[str, Any]) -> None:
+        if event["epoch"]:
+            self._say(f"{event['trial']} goes on after epoch {event['epoch']}")
+
+    def _on_died(self, event: Mapping[str, Any]) -> None:
+        self._say(f"{event['trial']}: {event['reason']} after epoch {event['epoch']}")
+
     def _on_trained(self, event: Mapping[str, Any]) -> None:
         self.open.setdefault(event["trial"], _Trial()).trained = True
         if not self.live:

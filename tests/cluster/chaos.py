@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
 from cactus_ray.models.network import pack
@@ -124,5 +126,6 @@ def leftovers(seconds: float = 30.0) -> dict[int, str]:
 def plain_network(config: dict[str, Any]) -> str:
     """Digest of the network that undisturbed training gives."""
     run = parse(RunConfig, config)
+    torch.set_num_threads(1)
     found = train(run, load(run.data, ("train", "selection")), report=lambda epoch: True).network
     return hashlib.sha256(pack(found)).hexdigest()
