@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from cactus_ray.cluster.broker import Cut, Job, Lost
-from cactus_ray.cluster.mailbox import Message
+from cactus_ray.cluster.mailbox import Message, sender_of, trial_of
 from cactus_ray.cluster.resources import Plan, missing
 from cactus_ray.cluster.verifier import ChunkFailure, labels_of
 from cactus_ray.cluster.verifier_pool import Outcome, VerifierPool
@@ -38,6 +38,7 @@ class Desk:
         self.error: BaseException | None = None
         self.over: str | None = None
         self.pending: dict[str, float] = {}
+        self.senders: dict[str, str] = {}
         self.closing = threading.Event()
         self.interrupted: float | None = None
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
@@ -84,12 +85,14 @@ class Desk:
         """Handle every message that the trainers have sent so far."""
         with self.changed:
             messages: list[Message] = ray.get(self.mailbox.take.remote())
-            for kind, trial, content in messages:
-                self.pending.pop(trial, None)
-                if trial not in self.study.training:  # Ray restarted its workers after their last word
+            for kind, sender, content in messages:
+                trial = trial_of(sender)
+                # Ray restarted its workers after their last word, or they are of an attempt that was given up.
+                if trial not in self.study.training or self.senders.get(trial) != sender:
                     if kind == "rung":
-                        self.mailbox.answer.remote(trial, content["epoch"], False)
+                        self.mailbox.answer.remote(sender, content["epoch"], False)
                     continue
+                self.pending.pop(trial, None)
                 if kind == "begun":
                     self.study.begun(trial, **content)
                 elif kind == "saved":
@@ -97,7 +100,7 @@ class Desk:
                 elif kind == "epoch":
                     self.study.epoch(trial, **content)
                 elif kind == "rung":
-                    self.mailbox.answer.remote(trial, content["epoch"], self.study.epoch(trial, **content))
+                    self.mailbox.answer.remote(sender, content["epoch"], self.study.epoch(trial, **content))
                 elif kind == "stopped":
                     self.study.stopped(trial, **content)
                 elif kind == "trained":
@@ -172,16 +175,14 @@ class Desk:
                 start = self.study.next_trial() if free else None
                 if start is not None:
                     self.pending[start.id] = time.monotonic()
+                    sender = self.senders[start.id] = sender_of(start.id, start.attempt)
                     if start.state is not None:
-                        ray.get(self.mailbox.hand.remote(start.id, start.state))
+                        ray.get(self.mailbox.hand.remote(sender, start.state))
                     rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
                     return {
-                        "trial": start.id,
-                        "run": start.config.to_dict(),
-                        "rungs": rungs,
-                        "epoch": start.epoch,
-                        "attempt": start.attempt,
-                    }
+                        "trial": start.id, "run": start.config.to_dict(), "rungs": rungs, "epoch": start.epoch,
+                        "sender": sender,
+                    }  # fmt: skip
                 left = deadline - time.monotonic()
                 if left <= 0 or self.study.training:
                     return None

@@ -9,8 +9,18 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), trial, content."""
+"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), sender, content."""
 ENDS = ("trained", "stopped", "failed")
+
+
+def sender_of(trial: str, attempt: int) -> str:
+    """Who sends: a trial in one of its attempts, because workers of an earlier one may still be there."""
+    return f"{trial}#{attempt}"
+
+
+def trial_of(sender: str) -> str:
+    """The trial of a sender."""
+    return sender.rpartition("#")[0]
 
 
 class Mailbox:
@@ -30,33 +40,34 @@ class Mailbox:
         if message[0] in ENDS:
             self.states.pop(message[1], None)
 
-    async def save(self, trial: str, epoch: int, data: bytes) -> None:
+    async def save(self, sender: str, epoch: int, data: bytes) -> None:
         """The state of a trial after an epoch that it has reported. One that waits is replaced by a newer one."""
-        self.saved[trial] = {"epoch": epoch, "data": data}
+        self.saved[sender] = {"epoch": epoch, "data": data}
 
     async def take(self) -> list[Message]:
         """What has come since the last call; the states last, so that their epochs are known before them."""
         taken, self.messages = self.messages, []
         states, self.saved = self.saved, {}
-        return [*taken, *(("saved", trial, content) for trial, content in states.items())]
+        return [*taken, *(("saved", sender, content) for sender, content in states.items())]
 
-    async def hand(self, trial: str, data: bytes) -> None:
-        """The driver's word from which state a trial goes on; kept until the trial ends."""
-        self.states[trial] = data
+    async def hand(self, sender: str, data: bytes) -> None:
+        """The driver's word from which state a trial goes on; kept until the trial ends, or its next attempt begins."""
+        others = {s: d for s, d in self.states.items() if trial_of(s) != trial_of(sender)}
+        self.states = {**others, sender: data}
 
-    async def state(self, trial: str) -> bytes | None:
+    async def state(self, sender: str) -> bytes | None:
         """What ``hand`` brought."""
-        return self.states.get(trial)
+        return self.states.get(sender)
 
-    async def ask(self, trial: str, content: dict[str, Any]) -> bool:
+    async def ask(self, sender: str, content: dict[str, Any]) -> bool:
         """Report an epoch at a rung, and wait until the driver says whether the trial goes on."""
         answer = asyncio.get_running_loop().create_future()
-        self.open[trial, content["epoch"]] = answer
-        self.messages.append(("rung", trial, content))
+        self.open[sender, content["epoch"]] = answer
+        self.messages.append(("rung", sender, content))
         return bool(await answer)
 
-    async def answer(self, trial: str, epoch: int, go_on: bool) -> None:
+    async def answer(self, sender: str, epoch: int, go_on: bool) -> None:
         """The driver's word on a trial that asked; a trial that has died meanwhile misses it."""
-        answer = self.open.pop((trial, epoch), None)
+        answer = self.open.pop((sender, epoch), None)
         if answer is not None and not answer.done():
             answer.set_result(go_on)

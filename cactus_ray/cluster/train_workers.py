@@ -75,7 +75,7 @@ def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str
     """
     import ray
 
-    trial = str(config["trial"])
+    sender = str(config["sender"])
     try:
         if job.execution == "train":
             _train_with_ray_train(config, job, mailbox)
@@ -83,7 +83,7 @@ def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str
             _train_direct(config, job, mailbox)
     except Exception as error:  # whatever ends a trial must reach the records, with its name
         step = error.step if isinstance(error, NonFiniteLossError) else None
-        ray.get(mailbox.put.remote(("failed", trial, {"error": describe(error), "step": step})))
+        ray.get(mailbox.put.remote(("failed", sender, {"error": describe(error), "step": step})))
         return {"outcome": "failed"}
     return {"outcome": "trained"}
 
@@ -103,9 +103,9 @@ def describe(error: BaseException) -> str:
 def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     from ray import tune
 
-    mailbox.put.remote(("begun", trial["trial"], {"epoch": trial["epoch"]}))
+    mailbox.put.remote(("begun", trial["sender"], {"epoch": trial["epoch"]}))
     torch.set_num_threads(job.threads)
-    keeper = Keeper(trial["trial"], job.state_seconds, mailbox)
+    keeper = Keeper(trial["sender"], job.state_seconds, mailbox)
     device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
 
     def report(epoch: EpochReport) -> bool:
@@ -123,8 +123,8 @@ def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
 class Keeper:
     """Sends the state of a trial to the driver now and then, whose disk every later driver reads."""
 
-    def __init__(self, trial: str, seconds: float, mailbox: Any) -> None:
-        self.trial, self.seconds, self.mailbox = trial, seconds, mailbox
+    def __init__(self, sender: str, seconds: float, mailbox: Any) -> None:
+        self.sender, self.seconds, self.mailbox = sender, seconds, mailbox
         self.due = time.monotonic() + seconds
 
     def keep(self, epoch: EpochReport, data: bytes | None = None) -> None:
@@ -134,7 +134,7 @@ class Keeper:
         started = time.monotonic()
         if epoch.epoch == epoch.epochs or started < self.due:
             return
-        ray.get(self.mailbox.save.remote(self.trial, epoch.epoch, epoch.save() if data is None else data))
+        ray.get(self.mailbox.save.remote(self.sender, epoch.epoch, epoch.save() if data is None else data))
         now = time.monotonic()
         self.due = now + max(self.seconds, (now - started) / SAVING_SHARE)
 
@@ -145,7 +145,7 @@ def _handed_state(trial: dict[str, Any], mailbox: Any) -> bytes | None:
 
     if not trial["epoch"]:
         return None
-    state: bytes | None = ray.get(mailbox.state.remote(trial["trial"]))
+    state: bytes | None = ray.get(mailbox.state.remote(trial["sender"]))
     return state
 
 
@@ -168,8 +168,8 @@ def _mail_epoch(content: dict[str, Any], trial: dict[str, Any], mailbox: Any) ->
     import ray
 
     if content["epoch"] in trial["rungs"]["asked"]:
-        return bool(ray.get(mailbox.ask.remote(trial["trial"], content)))
-    mailbox.put.remote(("epoch", trial["trial"], content))
+        return bool(ray.get(mailbox.ask.remote(trial["sender"], content)))
+    mailbox.put.remote(("epoch", trial["sender"], content))
     return True
 
 
@@ -177,12 +177,12 @@ def _mail_result(trial: dict[str, Any], result: TrainResult, mailbox: Any) -> No
     import ray
 
     if result.stopped:
-        ray.get(mailbox.put.remote(("stopped", trial["trial"], {"seconds": result.seconds})))
+        ray.get(mailbox.put.remote(("stopped", trial["sender"], {"seconds": result.seconds})))
         return
     keep = parse(RunConfig, trial["run"]).train.keep
     networks = {"last": pack(result.last), "best": pack(result.best)}
     content = {"networks": networks, "chosen": keep, "epochs": result.epochs, "seconds": result.seconds}
-    ray.get(mailbox.put.remote(("trained", trial["trial"], content)))
+    ray.get(mailbox.put.remote(("trained", trial["sender"], content)))
 
 
 # --- Ray Train -----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
         run_config=ray.train.RunConfig(
             # Stable within an attempt: a worker that died goes on from its last checkpoint. The workers of an earlier
             # attempt, whose trial's actor died, may still be there.
-            name=f"{job.study}-{trial['trial']}-{trial['attempt']}",
+            name=f"{job.study}-{trial['sender'].replace('#', '-')}",
             storage_path=job.storage,
             failure_config=ray.train.FailureConfig(max_failures=2),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
@@ -222,11 +222,11 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(job.threads)
     workers = TorchWorkers()
     mailbox = config["mailbox"]
-    keeper = Keeper(trial["trial"], job.state_seconds, mailbox)
+    keeper = Keeper(trial["sender"], job.state_seconds, mailbox)
     saved = _saved_state()
     state = _handed_state(trial, mailbox) if saved is None else saved
     if workers.rank == 0:
-        mailbox.put.remote(("begun", trial["trial"], {"epoch": 0 if state is None else unpack_state(state).epoch}))
+        mailbox.put.remote(("begun", trial["sender"], {"epoch": 0 if state is None else unpack_state(state).epoch}))
 
     def report(epoch: EpochReport) -> bool:
         content = _scored(epoch, trial)

@@ -1,7 +1,8 @@
-"""What the desk says of trials that wait for their resources. No Ray is started."""
+"""What the desk says of trials that wait for their resources, and whose mail it takes. No Ray is started."""
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import ray
 
 from cactus_ray.cluster import desk as module
 from cactus_ray.cluster.desk import Desk
+from cactus_ray.cluster.mailbox import Mailbox
 from cactus_ray.search.settings import ResourceSettings
 
 
@@ -32,3 +34,41 @@ def test_a_trial_that_does_not_begin_is_named_once_with_what_is_missing(
     assert caplog.text.count("t0001: not begun after 60 s: it needs 4 CPU and 0 GPU, 1 CPU") == 1
     assert "3 CPU are missing" in caplog.text
     assert list(desk.pending) == ["t0002"]
+
+
+def test_mail_of_an_attempt_that_was_given_up_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    answered: list[Any] = []
+    mail = [
+        ("rung", "t0001#1", {"epoch": 2}), ("stopped", "t0001#1", {"seconds": 1.0}),
+        ("epoch", "t0001#2", {"epoch": 1}), ("epoch", "t0002#1", {"epoch": 1}),
+    ]  # fmt: skip
+    study: Any = SimpleNamespace(training={"t0001"}, epoch=lambda trial, **content: heard.append((trial, content)))
+    box: Any = SimpleNamespace(
+        take=SimpleNamespace(remote=lambda: mail), answer=SimpleNamespace(remote=lambda *word: answered.append(word))
+    )
+    desk = Desk(study, Any, Any, box)  # type: ignore[arg-type]
+    desk.senders = {"t0001": "t0001#2", "t0002": "t0002#1"}
+    monkeypatch.setattr(ray, "get", lambda found: found)
+    desk.take_mail()
+    assert heard == [("t0001", {"epoch": 1})]
+    assert answered == [("t0001#1", 2, False)]  # so that it ends
+
+
+def test_states_come_after_the_epochs_that_they_are_of_and_only_the_newest() -> None:
+    async def course() -> None:
+        box = Mailbox()
+        await box.save("t0001#1", 1, b"old")
+        await box.put(("epoch", "t0001#1", {"epoch": 2}))
+        await box.save("t0001#1", 2, b"new")
+        assert await box.take() == [
+            ("epoch", "t0001#1", {"epoch": 2}), ("saved", "t0001#1", {"epoch": 2, "data": b"new"}),
+        ]  # fmt: skip
+        assert await box.take() == []
+        await box.hand("t0001#1", b"new")
+        await box.hand("t0001#2", b"new")
+        assert (await box.state("t0001#1"), await box.state("t0001#2")) == (None, b"new")
+        await box.put(("trained", "t0001#2", {}))
+        assert await box.state("t0001#2") is None
+
+    asyncio.run(course())
