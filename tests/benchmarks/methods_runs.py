@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ TUNING_SHARE = 1 / 3
 TUNING_SEED = 1000
 REFERENCE = "sabr"
 
+_CHEAP = ("learning_rate", "standard_weight", "box_ratio")
 _SINGLE = {"strategy": "single", "low": 0.5, "high": 0.97, "member_fraction": 0.25, "refresh_every": 10}
 _ROUNDED = {"awp_kind": "rounding", "awp_radius": 0.5, "awp_unit": "int3"}
 
@@ -103,21 +105,27 @@ def settings(data: str, method: str) -> list[dict[str, Any]]:
 
 
 def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, list[float]]:
-    """CPU seconds of a step of every setting that a method may take, measured in turns; stages by their shares."""
-    cases = {}
-    for method in dict.fromkeys([REFERENCE, *methods]):
+    """CPU seconds of a step of every setting that a method may take, measured in turns; stages by their shares.
+
+    Settings that differ only in rates and weights cost the same, and are measured once.
+    """
+    cases: dict[str, RunConfig] = {}
+    names: dict[str, list[str]] = {}
+    for method in methods:
         chosen = settings(plan.data, method)[: None if method in tuned else 1]
-        for index, setting in enumerate(chosen):
-            cases[f"{method}/{index}"] = plan.config(method, setting, max(4, plan.epochs), 0)
+        for setting in chosen:
+            passes = {k: v for k, v in setting.items() if k not in _CHEAP}
+            name = f"{method} {json.dumps(passes, sort_keys=True)}"
+            names.setdefault(method, []).append(name)
+            cases.setdefault(name, plan.config(method, setting, max(4, plan.epochs), 0))
     data = load(next(iter(cases.values())).data, ("train", "selection"))
-    measured = {cost.name: cost.seconds.median for cost in measure(list(cases.items()), data, repeats=5).steps}
-    found: dict[str, list[float]] = {}
-    for name in cases:
-        method = name.partition("/")[0]
-        shares = STAGE_SHARES.get(method, {"": 1.0})
+    measured = {cost.name: cost.seconds.median for cost in measure(list(cases.items()), data, repeats=7).steps}
+    found = {}
+    for name, config in cases.items():
+        shares = STAGE_SHARES.get(config.method, {"": 1.0})
         mean = sum(share * measured[f"{name} {stage}".rstrip()] for stage, share in shares.items())
-        found.setdefault(method, []).append(mean / sum(shares.values()))
-    return found
+        found[name] = mean / sum(shares.values())
+    return {method: [found[name] for name in mine] for method, mine in names.items()}
 
 
 def epochs_of(plan: Plan, costs: dict[str, list[float]], method: str, setting: int, share: float = 1.0) -> int:
