@@ -187,7 +187,7 @@ def main() -> None:
         found = json.loads(asked.results.read_text())
         if found["plan"] != plan:
             raise SystemExit(f"{asked.results}: of {found['plan']}, not {plan}; remove it or name another")
-    ray.init(num_cpus=max(asked.workers) + 1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=max(asked.workers) + 1, include_dashboard=False, log_to_driver=False)
     try:
         for count in asked.workers:
             if str(count) not in found["workers"]:
