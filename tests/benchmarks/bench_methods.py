@@ -89,10 +89,12 @@ def tuned(store: Store, plan: Plan, method: str, count: int, folder: Path) -> di
     """The setting with the best score among the first ``count``; the one that comes first where two are equal."""
     rows = store.found["tuning"].setdefault(method, [])
     for index, setting in enumerate(settings(plan.data, method)[:count]):
-        if index < len(rows):
-            continue
         epochs = epochs_of(plan, store.found["step_seconds"], method, index, TUNING_SHARE)
         config = plan.config(method, setting, epochs, TUNING_SEED)
+        if index < len(rows):
+            if rows[index]["config_hash"] != config.config_hash:
+                raise SystemExit(f"{store.path}: setting {index} of {method} is of another configuration; remove it")
+            continue
         network, spent = trained(folder, config, f"{plan.data}-{method}-tune{index}")
         by_level = selection_scores(network, config, LEVELS[plan.data])
         score = sum(by_level.values()) / len(by_level)
