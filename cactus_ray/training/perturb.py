@@ -14,6 +14,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.levels import INTEGER_BITS
 from cactus_ray.compression.quantize import step as quantization_step
+from cactus_ray.training.workers import Workers
 
 
 def radii(graph: Graph, params: Params, radius: float, unit: str) -> Params:
@@ -50,18 +51,22 @@ def jump(gradients: Params, limits: Params) -> Params:
     return {name: limit * gradients[name].sign() for name, limit in limits.items()}
 
 
-def ascend(loss: Callable[[Params], Tensor], params: Params, limits: Params, steps: int) -> Params:
+def ascend(
+    loss: Callable[[Params], Tensor], params: Params, limits: Params, steps: int, workers: Workers | None = None
+) -> Params:
     """Perturbations by tensor name that raise ``loss(params + perturbation)``, elementwise within ``limits``.
 
     ``steps`` >= 1 sign-gradient steps from zero, each of min(1, 2 / steps) times the limit and projected. Detached;
-    no gradient reaches ``params``.
+    no gradient reaches ``params``. ``workers``: the loss is the mean of theirs, and all of them find the same.
     """
     fixed = {name: tensor.detach() for name, tensor in params.items()}
     deltas = {name: torch.zeros_like(fixed[name]) for name in limits}
     share = min(1.0, 2.0 / steps)
     for _ in range(steps):
         leaves = {name: delta.requires_grad_(True) for name, delta in deltas.items()}
-        gradients = torch.autograd.grad(loss(apply(fixed, leaves)), list(leaves.values()))
+        gradients = list(torch.autograd.grad(loss(apply(fixed, leaves)), list(leaves.values())))
+        if workers is not None:
+            workers.mean_(gradients)
         deltas = {
             name: torch.clamp(delta.detach() + share * limits[name] * g.sign(), -limits[name], limits[name])
             for (name, delta), g in zip(leaves.items(), gradients, strict=True)

@@ -1,219 +1,209 @@
 """Method x level, over seeds: one network per method and seed, verified at every level on the test split.
 
-    .venv/bin/python tests/benchmarks/bench_methods.py --data mnist --root ../shared/data --out methods
+    .venv/bin/python tests/benchmarks/bench_methods.py --data mnist --root ../shared/data --out methods \\
+        --methods sabr cactus --tune 6 --samples 10000 --branch-samples 500
+    .venv/bin/python tests/benchmarks/bench_methods.py --show tests/benchmarks/results/methods_mnist.json
 
-All methods share model, epochs, batch and rate, and are not tuned one by one; ``EPOCHS`` gives SABR and its kin as many
-more epochs as CACTUS's steps cost more, so that both train for the same seconds (printed). Every level is measured
-twice: plain and IBP-certified accuracy on the whole test split (float64), and the cascade (attack, IBP and CROWN, with
-float32 charged) on ``--samples`` fixed samples, ``--branch-samples`` of them with branch and bound, 5 s each. Kept
-in ``--out`` network by network: a second run goes on where it ended, and only prints what is there.
+Budget: ``--epochs`` of plain SABR; every other method gets as many epochs as cost the same CPU seconds (steps are timed
+in turns at the start, the epochs kept). ``--tune N``: SABR and CACTUS (``--tuned``) each try N settings, a third of
+the budget each, with a seed of their own; the best mean over the levels of certified accuracy on the selection split
+is taken (by the cascade with CROWN, 500 images). All other methods take SABR's choice. Every level is deployed with or
+without ``rebn``, whichever has the higher IBP-certified accuracy on the selection split; without batch norm, and at
+``dense``, there is nothing to choose.
+
+Measured on the test split: plain and IBP-certified accuracy on all images (float64), the cascade (attack, IBP, CROWN,
+float32 charged) on ``--samples`` fixed images, and on ``--branch-samples`` of these branch and bound, 5 s per image.
+Levels of one network share counterexamples. Everything is kept, networks in ``--out`` and figures in ``--results``: a
+second run goes on, level by level, where the first ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import methods_table
 import torch
+from level_figures import Sharing, counts, deployed, interval_accuracies
+from methods_runs import LEVELS, METHODS, REFERENCE, TUNING_SEED, TUNING_SHARE, Plan, epochs_of, settings, step_seconds
 
-from cactus_ray.bounds.graph import forward
-from cactus_ray.bounds.interval import ball, margins
-from cactus_ray.config import METHODS, DataConfig, RunConfig, ThreatConfig, options_of, parse
+from cactus_ray.config import RunConfig
 from cactus_ray.data import load, subset
-from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network, save
 from cactus_ray.models.network import load as load_network
-from cactus_ray.search.evaluate import at_level
 from cactus_ray.training.loop import train
-from cactus_ray.verification.siblings import LevelModel, verify_levels
-from cactus_ray.verification.verdict import SampleVerdict, VerificationSettings, summary
+from cactus_ray.verification.verdict import Verdict, VerificationSettings
 
-LEVELS: dict[str, tuple[str, ...]] = {
-    "mnist": (
-        "dense", "int8", "int4", "int3", "ternary", "prune:gu-l1:0.9", "prune:gu-l1:0.95", "prune:gu-l1:0.97",
-        "prune:gs-l2:0.5",
-    ),
-    "digits": ("dense", "int8", "int4", "int3", "prune:gu-l1:0.9", "prune:gu-l1:0.95", "prune:gs-l2:0.5+int8"),
-}  # fmt: skip
-COMMON: dict[str, dict[str, Any]] = {
-    "mnist": {
-        "train": {"batch_size": 128, "ramp": 0.3, "regularizer": 0.5},
-        "learning_rate": 0.001, "standard_weight": 0.3, "attack_steps": 1, "box_ratio": 0.6,
-    },
-    "digits": {
-        "train": {"batch_size": 32}, "learning_rate": 0.005, "standard_weight": 0.2, "box_ratio": 0.8, "weight_bits": 4,
-    },
-}  # fmt: skip
-EPOCHS = {"mnist": 10, "digits": 20}
-LONGER = {"mnist": 1.2, "digits": 1.2}
-"""Epochs of every other method over those of CACTUS: the ratio of their steps' seconds."""
-CACTUS = {
-    "certified_loss": "sabr",
-    "compression_set": {
-        "strategy": "single", "low": 0.5, "high": 0.97, "member_fraction": 0.25, "refresh_every": 10,
-    },
-}  # fmt: skip
-IBP_BATCH, CASCADE_BATCH = 500, 100
+TUNING_SAMPLES = 500
 SECONDS_OF_BRANCH = 5.0
 
 
-def configuration(data: str, root: Path | None, method: str, seed: int) -> RunConfig:
-    """The run of a method; options that the method does not know are left out."""
-    common = dict(COMMON[data])
-    epochs = EPOCHS[data] if method == "cactus" else round(EPOCHS[data] * LONGER[data])
-    plain: dict[str, Any] = {
-        "data": {"name": data} | ({"root": str(root)} if root else {}), "model": {"name": "cnn_small"},
-        "threat": {"epsilon": 0.1}, "method": method, "seed": seed,
-        "train": common.pop("train") | {"epochs": epochs}, **(CACTUS if method == "cactus" else {}),
-    }  # fmt: skip
-    known = options(method)
-    return parse(RunConfig, plain | {k: v for k, v in common.items() if k in known})
+class Store:
+    """The results as one JSON file, written after every step of the work."""
+
+    def __init__(self, path: Path, plan: dict[str, Any]) -> None:
+        self.path = path
+        self.found: dict[str, Any] = {"plan": plan, "step_seconds": {}, "tuning": {}, "networks": {}}
+        if path.exists():
+            self.found = json.loads(path.read_text())
+            if self.found["plan"] != plan:
+                raise SystemExit(f"{path}: of the plan {self.found['plan']}, not {plan}; remove it or name another")
+
+    def write(self) -> None:
+        """One line per network and tuning run, so that a difference can be read."""
+        rows = {
+            "tuning": {k: [json.dumps(row) for row in rows] for k, rows in self.found["tuning"].items()},
+            "networks": {k: json.dumps(row) for k, row in self.found["networks"].items()},
+        }
+        tuning = ",\n".join(f'"{k}": [\n' + ",\n".join(lines) + "\n]" for k, lines in rows["tuning"].items())
+        networks = ",\n".join(f'"{k}": {line}' for k, line in rows["networks"].items())
+        head = ",\n".join(f'"{k}": {json.dumps(self.found[k])}' for k in ("plan", "step_seconds"))
+        text = f'{{{head},\n"tuning": {{{tuning}}},\n"networks": {{\n{networks}\n}}}}\n'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text(text)
+        partial.replace(self.path)
 
 
-def options(method: str) -> set[str]:
-    """Names of the parameters that a method takes, beside those that all take."""
-    return set(options_of(method, "sabr" if method == "cactus" else None)) | {"learning_rate"}
-
-
-def trained(folder: Path, config: RunConfig, name: str) -> tuple[Network, float]:
-    """The network and the seconds of its training; trained unless it is there."""
+def trained(folder: Path, config: RunConfig, name: str) -> tuple[Network, dict[str, float]]:
+    """The network, and the seconds of its training by the clock and of the processor; trained unless it is there."""
     file, note = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not note.exists():
+        print(f"{name}: training, {config.train.epochs} epochs", flush=True)
+        begun = time.process_time()
         result = train(config, load(config.data, ("train", "selection")), report=lambda epoch: True)
+        spent = {"seconds": round(result.seconds, 1), "cpu_seconds": round(time.process_time() - begun, 1)}
         save(result.network, file)
-        note.write_text(json.dumps({"seconds": result.seconds, "config_hash": config.config_hash}))
+        note.write_text(json.dumps(spent | {"config_hash": config.config_hash}))
     kept = json.loads(note.read_text())
-    if kept["config_hash"] != config.config_hash:
-        raise SystemExit(f"{note}: of the configuration {kept['config_hash']}, not {config.config_hash}; remove it")
-    return load_network(file), float(kept["seconds"])
+    if kept.pop("config_hash") != config.config_hash:
+        raise SystemExit(f"{note}: not of the configuration {config.config_hash}; remove it")
+    return load_network(file), kept
 
 
-def measured(network: Network, data: DataConfig, threat: ThreatConfig, asked: argparse.Namespace) -> dict[str, Any]:
-    """By level: bytes, both measurements, and those of branch and bound."""
-    images, labels = load(data, ("test",)).split("test")
-    levels = {level: at_level(network, level, data, threat.domain) for level in LEVELS[asked.data]}
-    models = {}
-    for level, found in levels.items():
-        graph, params, _ = read_onnx(found.file)
-        models[level] = LevelModel(graph, params)
-    rows: dict[str, Any] = {}
-    for level, model in models.items():
-        standard, certified = interval_accuracies(model, images, labels, threat)
-        rows[level] = {"bytes": levels[level].measures["bytes"], "standard": standard, "ibp": certified}
-    settings = VerificationSettings()
-    for level, verdicts in cascade(
-        models, images, labels, subset(len(labels), asked.samples), threat, settings
-    ).items():
-        rows[level]["cascade"] = summary(verdicts)
-    if asked.branch_samples:
-        settings = replace(settings, bound="branch", seconds_per_sample=SECONDS_OF_BRANCH)
-        some = subset(len(labels), asked.branch_samples)
-        for level, verdicts in cascade(models, images, labels, some, threat, settings).items():
-            rows[level]["branch"] = summary(verdicts)
-    return rows
-
-
-def interval_accuracies(
-    model: LevelModel, images: torch.Tensor, labels: torch.Tensor, threat: ThreatConfig
-) -> tuple[float, float]:
-    """Plain and IBP-certified accuracy in float64, roundings not charged."""
-    params = {name: tensor.double() for name, tensor in model.params.items()}
-    right = proved = 0
-    with torch.no_grad():
-        for x, y in zip(images.double().split(IBP_BATCH), labels.split(IBP_BATCH), strict=True):
-            right += int((forward(model.graph, params, x).argmax(1) == y).sum())
-            lower = margins(model.graph, params, ball(x, threat.epsilon, threat.domain), y)
-            own = torch.zeros_like(lower, dtype=torch.bool).scatter(1, y[:, None], True)
-            proved += int(((lower > 0) | own).all(1).sum())
-    return right / len(labels), proved / len(labels)
-
-
-def cascade(
-    models: dict[str, LevelModel], images: torch.Tensor, labels: torch.Tensor, chosen: torch.Tensor,
-    threat: ThreatConfig, settings: VerificationSettings,
-) -> dict[str, list[SampleVerdict]]:  # fmt: skip
-    """Verdicts by level; levels share what they find."""
-    found: dict[str, list[SampleVerdict]] = {level: [] for level in models}
-    for part in chosen.split(CASCADE_BATCH):
-        for level, verdicts in verify_levels(
-            models, images[part], labels[part], part.tolist(), threat, settings
-        ).items():
-            found[level] += verdicts
-    return found
-
-
-def show(results: dict[tuple[str, int], dict[str, Any]], levels: Sequence[str], reference: str) -> None:
-    """Markdown tables of accuracies, mean and spread over seeds; differences to a reference, paired by seed."""
-    methods = list(dict.fromkeys(method for method, _ in results))
-    seeds = {method: sorted(s for m, s in results if m == method) for method in methods}
-    for title, value in (
-        ("certified by the cascade", lambda row: row["cascade"]["certified_accuracy"]),
-        ("certified by IBP", lambda row: row["ibp"]),
-        ("standard", lambda row: row["standard"]),
-        ("branch and bound", lambda row: row["branch"]["certified_accuracy"] if "branch" in row else None),
-    ):
-        print(f"\n{title}, %, mean (smallest to largest)\n\n| method | " + " | ".join(f"`{v}`" for v in levels) + " |")
-        print("|---" * (len(levels) + 1) + "|")
-        for method in methods:
-            cells = []
-            for level in levels:
-                rows = [results[method, seed]["levels"][level] for seed in seeds[method]]
-                cells.append(spread([100 * v for row in rows if (v := value(row)) is not None]))
-            print(f"| `{method}` | " + " | ".join(cells) + " |")
-    for method in methods:
-        paired = [s for s in seeds[method] if s in seeds.get(reference, [])]
-        if method == reference or not paired:
+def tuned(store: Store, plan: Plan, method: str, count: int, folder: Path) -> dict[str, Any]:
+    """The setting with the best score among the first ``count``; the one that comes first where two are equal."""
+    rows = store.found["tuning"].setdefault(method, [])
+    for index, setting in enumerate(settings(plan.data, method)[:count]):
+        epochs = epochs_of(plan, store.found["step_seconds"], method, index, TUNING_SHARE)
+        config = plan.config(method, setting, epochs, TUNING_SEED)
+        if index < len(rows):
+            if rows[index]["config_hash"] != config.config_hash:
+                raise SystemExit(f"{store.path}: setting {index} of {method} is of another configuration; remove it")
             continue
-        print(f"\n{method} minus {reference}, points, certified by the cascade (paired by seed), and by IBP")
-        for level in levels:
-            pairs = [(results[method, s]["levels"][level], results[reference, s]["levels"][level]) for s in paired]
-            cascades = [
-                100 * (a["cascade"]["certified_accuracy"] - b["cascade"]["certified_accuracy"]) for a, b in pairs
-            ]
-            print(f"  {level}: {spread(cascades)}; {spread([100 * (a['ibp'] - b['ibp']) for a, b in pairs])}")
-    for method in methods:
-        seconds = [results[method, s]["seconds"] for s in seeds[method]]
-        print(f"{method}: {len(seconds)} seeds, {statistics.mean(seconds):.0f} s of training each")
+        network, spent = trained(folder, config, f"{plan.data}-{method}-tune{index}")
+        by_level = selection_scores(network, config, LEVELS[plan.data])
+        score = sum(by_level.values()) / len(by_level)
+        row = {"setting": setting, "epochs": epochs, **spent, "config_hash": config.config_hash, "score": score}
+        rows.append(row | {"levels": by_level})
+        store.write()
+        print(f"{method}, setting {index}: {100 * score:.2f} in {spent['seconds']:.0f} s, {setting}", flush=True)
+    best = max(range(count), key=lambda i: (rows[i]["score"], -i))
+    return {"setting": best, "chosen": rows[best]["setting"]}
 
 
-def spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def selection_scores(network: Network, config: RunConfig, levels: Sequence[str]) -> dict[str, float]:
+    """Share of some selection images that the cascade certifies, by level."""
+    images, labels = load(config.data, ("selection",)).split("selection")
+    chosen = subset(len(labels), TUNING_SAMPLES).tolist()
+    sharing = Sharing(images, labels, {}, {})
+    scores = {}
+    for level in levels:
+        candidate = deployed(network, level, config.data, config.threat)
+        verdicts = sharing.verdicts(candidate, chosen, config.threat, VerificationSettings())
+        scores[level] = sum(v.verdict is Verdict.CERTIFIED for v in verdicts) / len(verdicts)
+    return scores
+
+
+def measure_network(store: Store, name: str, network: Network, config: RunConfig, samples: int, some: int) -> None:
+    """Every level of a network that is not yet in its row of the store, on the test split."""
+    images, labels = load(config.data, ("test",)).split("test")
+    everyone, few = subset(len(labels), samples).tolist(), set(subset(len(labels), some).tolist()) if some else set()
+    sharing = Sharing(images, labels, {}, {})
+    levels = store.found["networks"][name]["levels"]
+    for level in LEVELS[config.data.name]:
+        row = levels.get(level)
+        if row and row["cascade"][0] == len(everyone) and (not few or row.get("branch", [0])[0] == len(few)):
+            continue
+        begun = time.process_time()
+        candidate = deployed(network, level, config.data, config.threat)
+        standard, certified = interval_accuracies(candidate, images, labels, config.threat)
+        row = {"as": candidate.text, "bytes": candidate.bytes, "standard": standard, "ibp": certified}
+        verdicts = sharing.verdicts(candidate, everyone, config.threat, VerificationSettings())
+        row["cascade"] = counts(verdicts)
+        if few:
+            mine = {v.index: v for v in verdicts if v.index in few}
+            left = [index for index, v in mine.items() if v.verdict is Verdict.UNKNOWN]
+            how = VerificationSettings(bound="branch", seconds_per_sample=SECONDS_OF_BRANCH)
+            mine |= {v.index: v for v in sharing.verdicts(candidate, left, config.threat, how)}
+            row["branch"] = counts(list(mine.values()))
+        levels[level] = row
+        store.write()
+        print(f"{name} {candidate.text}: {row}, {time.process_time() - begun:.0f} s", flush=True)
+
+
+def run(asked: argparse.Namespace, store: Store, plan: Plan) -> None:
+    """Costs, tuning, networks, measurements: what is not there yet."""
+    tunes = [m for m in asked.tuned if m in (REFERENCE, *asked.methods)] if asked.tune else []
+    missing = [m for m in dict.fromkeys([REFERENCE, *asked.methods]) if m not in store.found["step_seconds"]]
+    if missing:
+        print(f"timing steps of {', '.join(missing)}", flush=True)
+        store.found["step_seconds"] |= step_seconds(plan, missing, asked.tuned)
+        store.write()
+    chosen: dict[str, dict[str, Any]] = {}
+    for method in tunes:
+        chosen[method] = tuned(store, plan, method, asked.tune, asked.out)
+    for seed in range(asked.seeds):
+        for method in asked.methods:
+            default = chosen.get(REFERENCE) if method != "cactus" else None
+            pick = chosen.get(method) or default or {"setting": 0, "chosen": settings(plan.data, method)[0]}
+            epochs = epochs_of(plan, store.found["step_seconds"], method, pick["setting"])
+            config = plan.config(method, pick["chosen"], epochs, seed)
+            name = f"{method}-{seed}"
+            network, spent = trained(asked.out, config, f"{plan.data}-{name}")
+            row = {
+                "method": method, "seed": seed, "setting": pick["setting"], "epochs": epochs, **spent,
+                "config_hash": config.config_hash, "config": config.to_dict() | {"data": {"name": plan.data}},
+            }  # fmt: skip
+            known = store.found["networks"].get(name, {"levels": {}})
+            if known.get("config_hash", config.config_hash) != config.config_hash:
+                raise SystemExit(f"{store.path}: {name} is of another configuration; remove it")
+            store.found["networks"][name] = row | {"levels": known["levels"]}
+            measure_network(store, name, network, config, asked.samples, asked.branch_samples)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=list(LEVELS), default="digits")
     parser.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
-    parser.add_argument("--out", type=Path, required=True, help="folder of networks and results")
+    parser.add_argument("--out", type=Path, help="folder of networks")
+    parser.add_argument("--results", type=Path, help="file of figures; default: OUT/methods_DATA.json")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of plain SABR")
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="settings that each tuned method tries")
+    parser.add_argument("--tuned", nargs="+", default=[REFERENCE, "cactus"], choices=list(METHODS))
     parser.add_argument("--samples", type=int, default=2000, help="of the test split, for the cascade")
-    parser.add_argument("--branch-samples", type=int, default=0, help="of the test split, for branch and bound")
-    parser.add_argument("--reference", default="sabr", help="method that the others are compared with")
+    parser.add_argument("--branch-samples", type=int, default=0, help="of these, for branch and bound")
+    parser.add_argument("--batch-norm", action="store_true", help="cnn_small with batch norm")
+    parser.add_argument("--train-samples", type=int, help="train on a fixed subset of this size")
+    parser.add_argument("--show", type=Path, help="only print the tables of such a file")
     asked = parser.parse_args()
+    if asked.show:
+        methods_table.show(json.loads(asked.show.read_text()), REFERENCE)
+        return
+    if asked.out is None:
+        parser.error("--out FOLDER is missing")
     asked.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    for seed in range(asked.seeds):
-        for method in asked.methods:
-            name = f"{asked.data}-{method}-{seed}"
-            config = configuration(asked.data, asked.root, method, seed)
-            network, seconds = trained(asked.out, config, name)
-            kept = asked.out / f"{name}-{asked.samples}-{asked.branch_samples}.json"
-            if not kept.exists():
-                kept.write_text(json.dumps(measured(network, config.data, config.threat, asked)))
-            results[method, seed] = {"seconds": seconds, "levels": json.loads(kept.read_text())}
-            print(f"{name}: {seconds:.0f} s of training", flush=True)
-    show(results, LEVELS[asked.data], asked.reference)
+    plan = Plan.of(asked.data, asked.root, asked.epochs, asked.batch_norm, asked.train_samples)
+    store = Store(asked.results or asked.out / f"methods_{asked.data}.json", plan.record())
+    run(asked, store, plan)
+    methods_table.show(store.found, REFERENCE)
 
 
 if __name__ == "__main__":

@@ -133,3 +133,16 @@ def test_gradients_go_straight_through_the_rounding(run_config: Any, few_digits:
     _, at_rounded = take(replace(step, params=fixed))
     for name, gradient in at_rounded.items():
         torch.testing.assert_close(step.params[name].grad, gradient)
+
+
+def test_radii_draw_weights_that_are_rounded_to_zero(run_config: Any, few_digits: DataSet) -> None:
+    step = make_step(run_config(method="qa_ibp", weight_bits=2), few_digits)
+    weight = step.params["fc1.weight"]
+    stage = STAGES["qa_ibp"][1]
+    rounded = stage.network(step.config, step.graph, step.params, {})["fc1.weight"]
+    with torch.no_grad():
+        deployed = stage.network(step.config, step.graph, step.params, {})["fc1.weight"]
+    assert 0 < int((deployed == 0.0).sum()) < deployed.numel()
+    torch.testing.assert_close(rounded, deployed, rtol=0.0, atol=1e-19)
+    (pull,) = torch.autograd.grad(rounded.abs().sum(), weight)  # as in the radius of an interval bound
+    assert torch.equal(pull, weight.sign())

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cactus_ray.bounds.graph import Params
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.models.network import Network, pack, unpack
+from cactus_ray.training import perturb
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError, TrainResult, train
 from cactus_ray.training.state import generator_for
@@ -218,6 +220,28 @@ def test_two_workers_agree_with_each_other_and_with_one(run_config: Any, few_dig
     for name, tensor in one.network.params.items():
         torch.testing.assert_close(both[0].network.params[name], tensor, atol=2e-3, rtol=0)
     assert both[0].history[-1]["standard_accuracy"] == pytest.approx(one.history[-1]["standard_accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "options", [{"awp_radius": 0.5}, {"awp_radius": 0.5, "awp_steps": 2, "awp_member": "pruned"}, {"method": "awp"}]
+)
+def test_two_workers_perturb_alike(
+    options: dict[str, Any], run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[Tensor]] = {}
+    apply = perturb.apply
+
+    def recorded(params: Params, deltas: Params) -> Params:
+        seen.setdefault(threading.get_ident(), []).extend(delta.detach().clone() for delta in deltas.values())
+        return apply(params, deltas)
+
+    monkeypatch.setattr(perturb, "apply", recorded)
+    config = run_config(**{"method": "cactus", "train__epochs": 1} | options)
+    in_two_workers(lambda workers: train(config, few_digits, report=go_on, workers=workers))
+    first, second = seen.values()
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any(bool(a.any()) for a in first)
 
 
 def test_workers_average_batch_norm_and_stop_together(run_config: Any, few_digits: DataSet) -> None:

@@ -14,14 +14,15 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Params
 from cactus_ray.training import perturb
 from cactus_ray.training.step import Step, full_loss
+from cactus_ray.training.workers import Workers
 
 
 def awp(step: Step) -> Iterator[Tensor]:
     """The loss at weights that raise it; its gradient moves the weights themselves (Wu et al. 2020, Eq. 9-11).
 
     One ascent step from the weights, as in the authors' code, as soon as the certified loss has a weight. The attack is
-    shared by both passes. Each worker ascends on its own images. Running statistics follow the unperturbed network (in
-    the authors' code the perturbed one), since that is what is deployed.
+    shared by both passes. Workers ascend together, on the mean of their gradients. Running statistics follow the
+    unperturbed network (in the authors' code the perturbed one), since that is what is deployed.
     """
     kind, gamma = step.config.certified_loss, step.config.awp_gamma
     assert kind is not None
@@ -30,15 +31,21 @@ def awp(step: Step) -> Iterator[Tensor]:
     if not step.certifies or gamma == 0.0:
         yield loss
         return
-    deltas = ascent(loss, step.params, gamma)
+    deltas = ascent(loss, step.params, gamma, step.workers)
     perturbed = replace(step, params=perturb.apply(step.params, deltas), statistics={}, adversarial_statistics={})
     yield full_loss(perturbed, kind, region=region)[0]
 
 
-def ascent(loss: Tensor, params: Params, gamma: float) -> Params:
-    """``gamma * ||w|| * d / ||d||`` for every tensor of more than one dimension, d the gradient; by name, detached."""
+def ascent(loss: Tensor, params: Params, gamma: float, workers: Workers | None = None) -> Params:
+    """``gamma * ||w|| * d / ||d||`` for every tensor of more than one dimension; by name, detached.
+
+    d is the gradient, with ``workers`` the mean of theirs.
+    """
     weights = {name: tensor for name, tensor in params.items() if tensor.requires_grad and tensor.dim() > 1}
     found = {}
-    for (name, weight), d in zip(weights.items(), torch.autograd.grad(loss, list(weights.values())), strict=True):
+    gradients = list(torch.autograd.grad(loss, list(weights.values())))
+    if workers is not None:
+        workers.mean_(gradients)
+    for (name, weight), d in zip(weights.items(), gradients, strict=True):
         found[name] = gamma * weight.detach().norm() * d / d.norm().clamp(min=1e-20)
     return found

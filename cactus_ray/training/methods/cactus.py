@@ -73,11 +73,19 @@ def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ..
     if "masks" not in step.memory:
         gradients = None
         if sparsities and chosen.family.endswith("-grad"):
-            gradients = {name: gradient.clone() for name, gradient in step.gradients().items()}
-            step.workers.mean_(list(gradients.values()))
+            gradients = _shared_gradients(step)
         step.memory["masks"] = [masks(step.graph, step.params, chosen.family, s, gradients) for s in sparsities]
     kept: list[Params] = step.memory["masks"]
     return kept
+
+
+def _shared_gradients(step: Step) -> Params:
+    """The full network's so far, the mean over all workers; those that are still summed stay as they are."""
+    if step.workers.size == 1:
+        return step.gradients()
+    gradients = {name: gradient.clone() for name, gradient in step.gradients().items()}
+    step.workers.mean_(list(gradients.values()))
+    return gradients
 
 
 def _deltas(step: Step, params: Params, region: Region, mask: Params | None = None) -> Params:
@@ -87,8 +95,8 @@ def _deltas(step: Step, params: Params, region: Region, mask: Params | None = No
 
     ascent: those that raise standard plus certified loss on the region (Eq. 9). For the full network and one step, the
     sign of its own gradient (of the weighted loss, on the whole batch) stands for theirs: it is there already, as in
-    SAM, and saves the inner passes; else every step costs a forward and a backward pass of both losses. Each worker
-    ascends on its own images.
+    SAM, and saves the inner passes; else every step costs a forward and a backward pass of both losses. Workers
+    ascend together, on the mean of their gradients.
     """
     config = step.config
     kind, steps = config.certified_loss, config.awp_steps
@@ -105,5 +113,7 @@ def _deltas(step: Step, params: Params, region: Region, mask: Params | None = No
     if config.awp_kind == "rounding":
         return perturb.rounding(params, limits)
     if mask is None and steps == 1:
-        return perturb.jump(step.gradients(), limits)
-    return perturb.ascend(lambda member: ascent_loss(step, member, region, kind), params, limits, steps)
+        return perturb.jump(_shared_gradients(step), limits)
+    return perturb.ascend(
+        lambda member: ascent_loss(step, member, region, kind), params, limits, steps, step.workers
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Which runs the benchmark of methods compares: settings, tuning lists, and epochs that cost the same seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cactus_ray.config import METHODS, RunConfig, options_of, parse
+from cactus_ray.data import load
+from cactus_ray.options import STAGE_SHARES
+from cactus_ray.training.bench import measure
+
+LEVELS: dict[str, tuple[str, ...]] = {
+    "mnist": (
+        "dense", "int8", "int4", "int3", "ternary", "prune:gu-l1:0.9", "prune:gu-l1:0.95", "prune:gu-l1:0.97",
+        "prune:gs-l2:0.5",
+    ),
+    "digits": ("dense", "int8", "int4", "int3", "prune:gu-l1:0.9", "prune:gu-l1:0.95", "prune:gs-l2:0.5+int8"),
+}  # fmt: skip
+COMMON: dict[str, dict[str, Any]] = {
+    "mnist": {
+        "train": {"batch_size": 128, "ramp": 0.3, "regularizer": 0.5},
+        "target_sparsity": 0.95, "weight_bits": 4,
+    },
+    "digits": {"train": {"batch_size": 32}, "weight_bits": 4},
+}  # fmt: skip
+"""Of every method that knows the option. Sparsity and bits are those of one level: such methods aim at one each."""
+EPOCHS = {"mnist": 12, "digits": 24}
+"""Of plain SABR; the others get as many as cost the same seconds."""
+TUNING_SHARE = 1 / 3
+TUNING_SEED = 1000
+REFERENCE = "sabr"
+
+_CHEAP = ("learning_rate", "standard_weight", "box_ratio")
+_SINGLE = {"strategy": "single", "low": 0.5, "high": 0.97, "member_fraction": 0.25, "refresh_every": 10}
+_ROUNDED = {"awp_kind": "rounding", "awp_radius": 0.5, "awp_unit": "int3"}
+
+
+def _settings(rate: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Six for plain losses and six for CACTUS, the untuned ones first; ``rate``: the smallest learning rate."""
+    pairs = [(1, 0.3, 0.6), (2, 0.3, 0.6), (2, 0.3, 0.8), (2, 0.15, 0.6), (4, 0.3, 0.6), (4, 0.15, 0.8)]
+    plain = [{"learning_rate": rate * k, "standard_weight": w, "box_ratio": box} for k, w, box in pairs]
+    sets: list[dict[str, Any]] = [
+        {"compression_set": _SINGLE},
+        {"compression_set": _SINGLE},
+        {"compression_set": _SINGLE, **_ROUNDED},
+        {"compression_set": _SINGLE, **_ROUNDED},
+        {"compression_set": _SINGLE | {"member_fraction": 0.5}},
+        {"compression_set": _SINGLE, **_ROUNDED, "awp_member": "pruned"},
+    ]
+    return plain, [a | {"certified_loss": "sabr"} | b for a, b in zip(plain, sets, strict=True)]
+
+
+SETTINGS = {"mnist": _settings(0.001), "digits": _settings(0.0025)}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all runs of a benchmark share. ``epochs``: of plain SABR; ``batch_norm``: None for the model's own."""
+
+    data: str
+    root: Path | None
+    epochs: int
+    batch_norm: bool | None = None
+    train_samples: int | None = None
+
+    @staticmethod
+    def of(data: str, root: Path | None, epochs: int | None, batch_norm: bool, train_samples: int | None) -> Plan:
+        return Plan(data, root, epochs or EPOCHS[data], True if batch_norm else None, train_samples)
+
+    def record(self) -> dict[str, Any]:
+        """What two runs must share to be one benchmark."""
+        return _present({f.name: getattr(self, f.name) for f in fields(self) if f.name != "root"})
+
+    def config(self, method: str, setting: dict[str, Any], epochs: int, seed: int) -> RunConfig:
+        """The run of a method; options that it does not know are left out."""
+        common = COMMON[self.data]
+        known = _known(method)
+        wanted = {k: v for k, v in (common | setting).items() if k in known}
+        root = None if self.root is None else str(self.root)
+        data = {"name": self.data, "root": root, "train_samples": self.train_samples}
+        given = {
+            "data": _present(data), "model": _present({"name": "cnn_small", "batch_norm": self.batch_norm}),
+            "threat": {"epsilon": 0.1}, "method": method, "seed": seed,
+            "train": common["train"] | {"epochs": epochs}, **wanted,
+        }  # fmt: skip
+        return parse(RunConfig, given)
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if v is not None}
+
+
+def _known(method: str) -> set[str]:
+    """Names of the parameters that a method takes, beside those that all take."""
+    return set(options_of(method, "sabr")) | {"learning_rate"}
+
+
+def settings(data: str, method: str) -> list[dict[str, Any]]:
+    """The list that ``method`` chooses from: six, in a fixed order."""
+    plain, of_cactus = SETTINGS[data]
+    return of_cactus if method == "cactus" else plain
+
+
+def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, list[float]]:
+    """CPU seconds of a step of every setting that a method may take, measured in turns; stages by their shares.
+
+    Settings that differ only in rates and weights cost the same, and are measured once.
+    """
+    cases: dict[str, RunConfig] = {}
+    names: dict[str, list[str]] = {}
+    for method in methods:
+        chosen = settings(plan.data, method)[: None if method in tuned else 1]
+        for setting in chosen:
+            passes = {k: v for k, v in setting.items() if k not in _CHEAP}
+            name = f"{method} {json.dumps(passes, sort_keys=True)}"
+            names.setdefault(method, []).append(name)
+            cases.setdefault(name, plan.config(method, setting, max(4, plan.epochs), 0))
+    data = load(next(iter(cases.values())).data, ("train", "selection"))
+    measured = {cost.name: cost.seconds.median for cost in measure(list(cases.items()), data, repeats=7).steps}
+    found = {}
+    for name, config in cases.items():
+        shares = STAGE_SHARES.get(config.method, {"": 1.0})
+        mean = sum(share * measured[f"{name} {stage}".rstrip()] for stage, share in shares.items())
+        found[name] = mean / sum(shares.values())
+    return {method: [found[name] for name in mine] for method, mine in names.items()}
+
+
+def epochs_of(plan: Plan, costs: dict[str, list[float]], method: str, setting: int, share: float = 1.0) -> int:
+    """Epochs in which ``method`` takes at most the seconds of ``share`` of SABR's epochs, one per stage at least."""
+    mine = costs[method][min(setting, len(costs[method]) - 1)]
+    epochs = int(plan.epochs * share * costs[REFERENCE][0] / mine + 0.02)
+    return max(epochs, len(STAGE_SHARES.get(method, {})), 1)
+
+
+__all__ = ["LEVELS", "METHODS", "REFERENCE", "TUNING_SEED", "TUNING_SHARE", "Plan", "epochs_of", "settings",
+           "step_seconds"]  # fmt: skip
