@@ -26,9 +26,15 @@ TRAINER, VERIFIER = "ray::ImplicitFunc", "ray::Verifier"
 """Titles of the processes of Ray in which trials train (directly) and verifiers work."""
 
 
+_others: set[int] = set()
+"""Processes below this one that were there before; other tests may have left them (multiprocessing's trackers)."""
+
+
 @contextlib.contextmanager
 def adopting() -> Iterator[None]:
     """Inside the block, processes whose parent died become children of this one, so that none gets out of sight."""
+    _others.clear()
+    _others.update(below(os.getpid()))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     try:
@@ -117,10 +123,14 @@ def wait_for(reached: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def leftovers(seconds: float = 30.0) -> dict[int, str]:
-    """Processes below this one that are still there after so many seconds."""
-    wait_for(lambda: not below(os.getpid()), seconds)
-    return below(os.getpid())
+def leftovers(seconds: float = 180.0) -> dict[int, str]:
+    """Processes below this one, of those that came after ``adopting``, that are still there after so many seconds."""
+
+    def now() -> dict[int, str]:
+        return {pid: line for pid, line in below(os.getpid()).items() if pid not in _others}
+
+    wait_for(lambda: not now(), seconds)
+    return now()
 
 
 def plain_network(config: dict[str, Any]) -> str:
