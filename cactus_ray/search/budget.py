@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cactus_ray.search.pareto import non_dominated, relative_hypervolume
+from cactus_ray.search.pareto import Front, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.settings import ResourceSettings
 from cactus_ray.search.space import Space
@@ -22,15 +22,14 @@ class Plateau:
     def __init__(self, front: Mapping[str, str], gain: float) -> None:
         self.front, self.gain = front, gain
         self.reference: Mapping[str, float] = {}
-        self.points: list[Mapping[str, Any]] = []
+        self.leading = Front(front)
         self.volume = 0.0
         self.idle = 0
 
     def add(self, points: Sequence[Mapping[str, Any]]) -> None:
         """The points of a trial that is complete."""
-        points = [*self.points, *points]
-        self.points = [p for p, keep in zip(points, non_dominated(points, self.front), strict=True) if keep]
-        volume = relative_hypervolume(self.points, self.front, self.reference)
+        self.leading.add(points)
+        volume = relative_hypervolume(self.leading.points, self.front, self.reference)
         improved = volume > self.volume * (1 + self.gain)
         self.idle = 0 if improved else self.idle + 1
         self.volume = volume if improved else self.volume  # small gains add up until they count

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cactus_ray.search.pareto import losses, non_dominated
+from cactus_ray.search.pareto import Front, losses
 
 Point = Mapping[str, Any]
 
@@ -20,19 +20,15 @@ class Rivals:
     """The front of all complete trials: whoever is beaten by anybody is beaten by one of these."""
 
     def __init__(self, front: Mapping[str, str], points: Sequence[Point]) -> None:
-        self.front = front
-        self.points: list[Point] = []
-        self.add(points)
+        self.leading = Front(front, points)
 
     def add(self, points: Sequence[Point]) -> None:
         """Take up the points of a trial that is complete."""
-        found: list[Point] = [*self.points, *points]
-        keep = non_dominated(found, self.front)
-        self.points = [point for point, on_front in zip(found, keep, strict=True) if on_front]
+        self.leading.add(points)
 
     def of(self, point: Point, siblings: Sequence[Point]) -> Point | None:
         """Who beats ``point`` for good, among these and the other points of its trial."""
-        return bettered_by(point, [*self.points, *siblings], self.front)
+        return bettered_by(point, [*self.leading.points, *siblings], self.leading.front)
 
 
 def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.pareto import non_dominated
 from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
 
-__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "with_front", "write_tables"]
+__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "replace_file", "with_front", "write_tables"]
 
 
 class RunStore:
@@ -65,7 +65,7 @@ class RunStore:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""
         path = self.path / "checkpoints" / f"{trial}.safetensors"
         path.parent.mkdir(exist_ok=True)
-        _replace(path, network)
+        replace_file(path, network)
         return path
 
 
@@ -123,7 +123,8 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
     temporary.replace(path)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file; it is on disk and whole when this returns, and what it was before until then."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
