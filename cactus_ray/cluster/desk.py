@@ -38,6 +38,7 @@ class Desk:
         self.error: BaseException | None = None
         self.over: str | None = None
         self.pending: dict[str, float] = {}
+        self.groups: dict[str, str] = {}
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
@@ -80,6 +81,9 @@ class Desk:
         with self.changed:
             messages: list[Message] = ray.get(self.mailbox.take.remote())
             for kind, trial, content in messages:
+                if kind == "holds":  # its workers are still to be started
+                    self.groups[trial] = content["group"]
+                    continue
                 self.pending.pop(trial, None)
                 if trial not in self.study.training:  # Ray restarted its workers after their last word
                     if kind == "rung":
@@ -146,6 +150,12 @@ class Desk:
         if chunk.trial in self.study.verifying:
             self.study.failed(chunk.trial, found.error)
 
+    def _free(self, group: str) -> None:
+        """Take the workers' resources from a trial whose actor is dead; one that ends by itself gives them back."""
+        from cactus_ray.cluster.ray_train import free
+
+        free(group)
+
     # --- what Tune's thread asks
 
     def next_configuration(self, wait: float) -> dict[str, Any] | str | None:
@@ -170,12 +180,15 @@ class Desk:
 
     def trainer_ended(self, trial: str, error: bool) -> None:
         """Tune says that a trial's function ended; one that died without mail has failed."""
-        with self.lock:
-            self.pending.pop(trial, None)
-        if not error:
-            return
-        self.take_mail()
+        if error:
+            self.take_mail()
         with self.changed:
+            self.pending.pop(trial, None)
+            group = self.groups.pop(trial, None)
+            if not error:
+                return
+            if group is not None:
+                self._free(group)
             if trial in self.study.training:
                 self.study.failed(trial, "the training process died (killed, or out of memory)")
                 self.changed.notify_all()

@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed"), trial, content."""
+"""Kind ("holds", "begun", "epoch", "rung", "trained", "stopped", "failed"), trial, content."""
 
 
 class Mailbox:

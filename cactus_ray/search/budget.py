@@ -43,6 +43,7 @@ class Budget:
         self.begun, self.earlier = clock(), sum(records.drivers)
         self.started = len(records.trials)
         self.training = {trial.id: train_seconds(trial) for trial in records.trials.values()}
+        self.trained = sum(self.training.values())
         self.verifying = sum(records.ledger().values())
         self.plateau = Plateau(space.front, space.search.plateau_gain)
         self.plateau.reference = records.study.get("reference_point", {})
@@ -59,17 +60,20 @@ class Budget:
             case "started":
                 self.started += 1
             case "epoch":
-                seconds = float(event["metrics"].get("seconds") or 0.0)
-                self.training[event["trial"]] = self.training.get(event["trial"], 0.0) + seconds
+                self._train(event["trial"], float(event["metrics"].get("seconds") or 0.0))
             case "trained":
                 spent = self.training.get(event["trial"], 0.0)
-                self.training[event["trial"]] = max(spent, float(event["train_seconds"]))
+                self._train(event["trial"], max(float(event["train_seconds"]) - spent, 0.0))
             case "verdicts":
                 self.verifying += sum(float(s or 0.0) for s in event.get("ledger", {}).values())
             case "lost":
                 self.verifying += float(event.get("seconds") or 0.0)
             case "completed" if self.search.plateau is not None:
                 self.plateau.add(event["points"])
+
+    def _train(self, trial: str, seconds: float) -> None:
+        self.training[trial] = self.training.get(trial, 0.0) + seconds
+        self.trained += seconds
 
     @property
     def hours(self) -> float:
@@ -79,7 +83,7 @@ class Budget:
     @property
     def gpu_hours(self) -> float:
         """Hours of GPUs: those of the workers while they trained, those of the verifiers while they verified."""
-        return gpu_seconds(self.resources, sum(self.training.values()), self.verifying) / 3600
+        return gpu_seconds(self.resources, self.trained, self.verifying) / 3600
 
     def over(self) -> str | None:
         """Why everything must end now, with what is in flight left for a later driver; None as long as it may go on."""

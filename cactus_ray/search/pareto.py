@@ -35,7 +35,7 @@ def non_dominated(points: Sequence[Mapping[str, Any]], front: Mapping[str, str])
 
 
 def _non_dominated(rows: Array) -> npt.NDArray[np.bool_]:
-    """Points in lexicographic order are dominated only by earlier ones: each that is left drops all that it dominates."""
+    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats."""
     keep: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
     valid = rows[keep]
     # NaN rows are out, so that every comparison below is between numbers.
@@ -54,7 +54,7 @@ def _non_dominated(rows: Array) -> npt.NDArray[np.bool_]:
 
 
 class Front:
-    """The non-dominated points of all that were added, in the order in which they came: ``non_dominated``, kept up to date.
+    """The non-dominated points of all that were added, in the order in which they came: ``non_dominated``, kept.
 
     A point costs one comparison with the points that are on the front, however many were added before.
     """

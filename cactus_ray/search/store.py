@@ -21,7 +21,10 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.pareto import non_dominated
 from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
 
-__all__ = ["COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "replace_file", "with_front", "write_tables"]
+__all__ = [
+    "COLUMNS", "Records", "RunStore", "TrialRecord", "append_line", "read_records", "replace_file", "with_front",
+    "write_tables",
+]  # fmt: skip
 
 
 class RunStore:
@@ -58,8 +61,12 @@ class RunStore:
             raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
         if kind == "completed" and (fault := fault_of(event)):
             raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
-        plain = _without_non_finite(event) if kind in ("epoch", "verdicts") else event
-        append_line(self.file, plain)
+        try:
+            append_line(self.file, event)
+        except ValueError:  # hardly ever, so that not every one of many numbers is looked at
+            if kind not in ("epoch", "verdicts"):
+                raise
+            append_line(self.file, _without_non_finite(event))
 
     def save_checkpoint(self, trial: str, network: bytes) -> Path:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""

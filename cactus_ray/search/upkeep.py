@@ -1,7 +1,7 @@
 """The tables and the kept networks of a run, brought up to date event by event.
 
-An event costs the same in a study of ten trials and of ten thousand: the front is kept and not worked out anew, a row of
-``points.csv`` is put into text once, and a thread of its own writes the files, every few seconds.
+An event costs the same in a study of ten trials and of ten thousand: the front is kept and not worked out anew, a row
+of ``points.csv`` is put into text once, and a thread of its own writes the files, every few seconds.
 """
 
 from __future__ import annotations

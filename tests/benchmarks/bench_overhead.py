@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_overhead.py --execution direct --trials 10
     python tests/benchmarks/bench_overhead.py --execution train --trials 8
 
-Runs ``cactus-ray search`` with trials of a second. The network comes from ``model.factory``, so every process that trains
-imports this module, which then writes down when each step ended. ``started`` and ``trained`` are the times of these
-events in ``trials.jsonl``; all clocks are those of one machine.
+Runs ``cactus-ray search`` with trials of a second. The network comes from ``model.factory``, so every process that
+trains imports this module, which then writes down when each step ended. The decision and the record are the events
+``started`` and ``trained`` of ``trials.jsonl``; all clocks are those of one machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 COMMAND = [sys.executable, "-c", "from cactus_ray.cli import main; main()"]
-LOG = "CACTUS_BENCH_STEPS"
+LOG, SLEEP = "CACTUS_BENCH_STEPS", "CACTUS_BENCH_SLEEP"
 PARTS = ("process", "import", "before", "after", "overhead")
 
 
@@ -58,7 +58,20 @@ def _process_start() -> float:
     return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-if LOG in os.environ:  # in a process that trains
+def _sleep(seconds: float) -> None:
+    """Sleep in the place of every training step of this process."""
+    from cactus_ray.training import loop
+
+    def slept(run: Any, step: Any, rate: float, seen: torch.Tensor) -> None:
+        time.sleep(seconds)
+        seen.zero_()
+
+    loop.update = slept
+
+
+if SLEEP in os.environ:  # in a process that trains, for bench_driver.py
+    _sleep(float(os.environ[SLEEP]))
+if LOG in os.environ:
     _write_steps(Path(os.environ[LOG]))
 
 
