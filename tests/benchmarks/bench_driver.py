@@ -4,9 +4,9 @@
     python tests/benchmarks/bench_driver.py --ray 24
 
 The real ``Study`` with its real store (events synced to disk), rungs, tables, kept networks and progress lines. 64
-simulated workers make up epochs and verdicts in simulated time. The history grows under random search; then the study is
-reopened from its records, as after a kill, under each sampler in turn, and so many more trials are measured. Times are
-of the wall, in ms; ``--clock cpu`` counts this process's CPU seconds instead, on a busy machine. ``--ray``: so many
+simulated workers make up epochs and verdicts in simulated time. The history grows under random search; then the study
+is reopened from its records, as after a kill, under each sampler in turn, and so many more trials are measured. Times
+are of the wall, in ms; ``--clock cpu`` counts this process's CPU seconds instead, on a busy machine. ``--ray``: so many
 trials that sleep instead, through Ray, its desk and its mailbox.
 """
 
