@@ -5,6 +5,7 @@ Every field carries its range in ``metadata``, from which both this parser and t
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any
 from cactus_ray.errors import ConfigError
 
 T = typing.TypeVar("T")
+_hints = functools.cache(typing.get_type_hints)  # annotations are texts, and putting them into types takes milliseconds
 
 
 def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
@@ -45,7 +47,7 @@ def parse(kind: type[T], data: Any, path: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(path or "(top)", data, f"a mapping with keys {', '.join(f.name for f in fields(kind))}")  # type: ignore[arg-type]
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for key in data:
         if key not in known:
             raise ConfigError(_join(path, key), data[key], f"no such key; one of {', '.join(known)}")

@@ -88,6 +88,7 @@ class Broker:
     ) -> None:
         self.limits, self.slots = limits, tuple(slots)
         self.spent = dict(spent or {})
+        self.spent_in_all = sum(self.spent.values())
         self.losses = Counter(losses or {})
         self.tried: dict[str, set[str]] = {}
         self.heap: list[tuple[Key, Job, Chunk]] = []
@@ -192,7 +193,7 @@ class Broker:
 
     def _over_budget(self, trial: str, now: float) -> bool:
         """Whether no further dear chunk of a trial may start; what runs counts as far as it has run."""
-        own, study = self.spent.get(trial, 0.0), sum(self.spent.values())
+        own, study = self.spent.get(trial, 0.0), self.spent_in_all
         for _, chunk, since in self.running.values():
             study += now - since
             own += now - since if chunk.trial == trial else 0.0
@@ -200,6 +201,7 @@ class Broker:
 
     def _spend(self, trial: str, seconds: float) -> None:
         self.spent[trial] = self.spent.get(trial, 0.0) + seconds
+        self.spent_in_all += seconds
         self._leave(trial)
         self._admit()
 

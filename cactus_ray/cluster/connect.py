@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Tune's own snapshots grow with every trial, and nobody reads them
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -30,13 +31,10 @@ ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def connected(
-    address: str | None, *, needs_dashboard: bool = False, cpus: int | None = None
-) -> Iterator[Mapping[str, float]]:
+def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
     """A Ray for the time of the block: the one at ``address``, or a local one that ends with the block.
 
-    Yields the cluster's resources. Raises UserError where nothing answers at ``address``. ``needs_dashboard``: Ray
-    Train's clean-up of placement groups asks the State API, which lives in the dashboard.
+    Yields the cluster's resources. Raises UserError where nothing answers at ``address``.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -44,7 +42,7 @@ def connected(
         warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
         if address is None:
             # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
-            ray.init(address="local", num_cpus=cpus or _enough_cpus(), include_dashboard=needs_dashboard,
+            ray.init(address="local", num_cpus=cpus or _enough_cpus(), include_dashboard=False,
                      log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
             _close_token_file()
         else:

@@ -39,6 +39,7 @@ class Desk:
         self.over: str | None = None
         self.pending: dict[str, float] = {}
         self.senders: dict[str, str] = {}
+        self.groups: dict[str, str] = {}
         self.closing = threading.Event()
         self.interrupted: float | None = None
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
@@ -88,7 +89,11 @@ class Desk:
             for kind, sender, content in messages:
                 trial = trial_of(sender)
                 # Ray restarted its workers after their last word, or they are of an attempt that was given up.
-                if trial not in self.study.training or self.senders.get(trial) != sender:
+                late = trial not in self.study.training or self.senders.get(trial) != sender
+                if kind == "holds":  # its workers are still to be started
+                    self._held(trial, content["group"], late)
+                    continue
+                if late:
                     if kind == "rung":
                         self.mailbox.answer.remote(sender, content["epoch"], False)
                     continue
@@ -160,6 +165,19 @@ class Desk:
         if chunk.trial in self.study.verifying:
             self.study.failed(chunk.trial, found.error)
 
+    def _held(self, trial: str, group: str, late: bool) -> None:
+        """A trial holds the resources of its workers; what an attempt holds that was given up is freed at once."""
+        if late:
+            self._free(group)
+        else:
+            self.groups[trial] = group
+
+    def _free(self, group: str) -> None:
+        """Take the workers' resources from a trial whose actor is dead; one that ends by itself gives them back."""
+        from cactus_ray.cluster.ray_train import free
+
+        free(group)
+
     # --- what Tune's thread asks
 
     def next_configuration(self, wait: float) -> dict[str, Any] | str | None:
@@ -190,12 +208,15 @@ class Desk:
 
     def trainer_ended(self, trial: str, error: bool) -> None:
         """Tune says that a trial's function ended; one that died without mail is trained on."""
-        with self.lock:
-            self.pending.pop(trial, None)
-        if not error:
-            return
-        self.take_mail()
+        if error:
+            self.take_mail()
         with self.changed:
+            self.pending.pop(trial, None)
+            group = self.groups.pop(trial, None)
+            if not error:
+                return
+            if group is not None:
+                self._free(group)
             if trial in self.study.training:
                 self.study.died(trial, "the training process died (killed, or out of memory)")
                 self.changed.notify_all()

@@ -27,7 +27,7 @@ from cactus_ray.cluster.broker import Broker, Limits
 from cactus_ray.cluster.connect import connected, node_shapes
 from cactus_ray.cluster.desk import Desk
 from cactus_ray.cluster.mailbox import Mailbox
-from cactus_ray.cluster.resources import Plan, execution_of, plan
+from cactus_ray.cluster.resources import Plan, plan
 from cactus_ray.cluster.train_workers import TrainJob, train_trial
 from cactus_ray.cluster.verifier import VerifierContext
 from cactus_ray.cluster.verifier_pool import VerifierPool
@@ -71,7 +71,11 @@ class DeskSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         assert self.desk is not None
-        found = self.desk.next_configuration(wait=0.5)
+        # Tune sleeps for a second between two of its questions while it has nothing to run; so it waits here instead,
+        # where what happens wakes it. While it still has trials to end it must not wait at all.
+        found = self.desk.next_configuration(wait=0.0)
+        while found is None and not self.trials:
+            found = self.desk.next_configuration(wait=0.5)
         if found == "finished":
             return str(Searcher.FINISHED)
         if isinstance(found, dict):
@@ -98,8 +102,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
     """
     space = study.space
     with contextlib.ExitStack() as stack:
-        nested = execution_of(space.resources) == "train"
-        available = stack.enter_context(connected(options.address, needs_dashboard=nested, cpus=options.cpus))
+        available = stack.enter_context(connected(options.address, cpus=options.cpus))
         shares = plan(space, available, node_shapes())
         folder = stack.enter_context(scratch(study.store.path, options.storage))
         listener = stack.enter_context(attach()) if attach else None

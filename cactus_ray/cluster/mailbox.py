@@ -9,7 +9,7 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), sender, content."""
+"""Kind ("holds", "begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), sender, content."""
 ENDS = ("trained", "stopped", "failed")
 
 

@@ -66,7 +66,8 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
     trial_resources = (
         {"CPU": float(r.cpus_per_worker), "GPU": float(r.gpus_per_worker)}
         if execution == "direct"
-        else {"CPU": 0.001}  # exactly 0 is refused by Tune ("empty head")
+        # Nothing at all is refused by Tune ("empty head"), and any part of a CPU would be missing to the workers.
+        else {"memory": 1.0}
     )
     verifier_resources = {"CPU": float(r.cpus_per_verifier), "GPU": float(r.gpus_per_verifier)}
     return Plan(execution, training, in_flight, trial_resources, verifier_resources, r.verifiers)

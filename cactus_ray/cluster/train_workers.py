@@ -190,12 +190,13 @@ def _mail_result(trial: dict[str, Any], result: TrainResult, mailbox: Any) -> No
 
 def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.train.torch import TorchConfig
+
+    from cactus_ray.cluster.ray_train import trainer
 
     on_gpu = job.gpus_per_worker > 0
     resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(job.gpus_per_worker)} if on_gpu else {})
-    TorchTrainer(
+    trainer(
         _worker,
         train_loop_config={"trial": trial, "job": job, "mailbox": mailbox},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=300),
@@ -207,8 +208,9 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
             storage_path=job.storage,
             failure_config=ray.train.FailureConfig(max_failures=2),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=[TuneReportCallback()],
         ),
+        sender=trial["sender"],
+        mailbox=mailbox,
     ).fit()
 
 

@@ -23,7 +23,7 @@ def space_of(run: Path) -> Space:
 def rebuild(run: Path) -> Records:
     """Write points.csv, front.csv and report.html again, from space.yaml and trials.jsonl alone."""
     space = space_of(run)
-    records = read_records(run)
+    records = read_records(run, verdicts=False)
     write_tables(run, records, space.front)
     write_page(run)
     return records

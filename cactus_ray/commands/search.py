@@ -27,12 +27,12 @@ from cactus_ray.models.network import load as load_network
 from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
 from cactus_ray.report.tracking_actor import tracking
-from cactus_ray.search.checkpoints import prune_checkpoints
 from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.space import NAME, Space, load_space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
-from cactus_ray.search.study import Event, Study
+from cactus_ray.search.study import Study
+from cactus_ray.search.upkeep import Upkeep
 from cactus_ray.search.warm import past_of
 
 LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
@@ -64,14 +64,15 @@ def search(space: Space, options: SearchOptions) -> Records:
     store = _open(space, options)
     with store.lock():
         _write_space(space, store.path / "space.yaml")
-        records = read_records(store.path) if store.file.exists() else Records()
+        records = read_records(store.path, verdicts=False) if store.file.exists() else Records()
+        upkeep = Upkeep(space, store, records)
         reference = records.study.get("reference_point") or reference_point(space, untrained)
         past = _past(space, options, records, reference)
         count = None if space.samples == "selection" else int(space.samples)
         samples = subset(len(data.labels["selection"]), count).tolist()
         with StudyProgress(space, records, enabled=options.progress) as progress:
             study = Study(
-                space, store, records, samples, [progress.event, _tables(space, store)],
+                space, store, records, samples, [progress.event, upkeep.event],
                 epoch_costs(example, lambda run: _untrained(run, data, options)),
             )  # fmt: skip
             if not records.study:
@@ -82,11 +83,12 @@ def search(space: Space, options: SearchOptions) -> Records:
                 study.warm(past)
             try:
                 if not study.done:
-                    run_study(study, options.driver, lambda: tracking(space, store.path))
-                elif read_records(store.path).finished is None:  # the last driver died before its last word
+                    with upkeep.writing():
+                        run_study(study, options.driver, lambda: tracking(space, store.path))
+                elif records.finished is None:  # the last driver died before its last word
                     study.end("completed", 0.0)
             finally:  # also for what a study that was interrupted or failed has finished
-                records = read_records(store.path)
+                records = read_records(store.path, verdicts=False)
                 write_tables(store.path, records, space.front)
                 write_page(store.path)
         return records
@@ -181,17 +183,6 @@ def resumed(runs: Path, name: str) -> Path:
         known = sorted(path.parent.name for path in runs.glob("*/trials.jsonl"))
         raise UserError(f"--resume: got {name!r}; expected a run in {runs}: {', '.join(known) or 'there is none'}")
     return file
-
-
-def _tables(space: Space, store: RunStore) -> Any:
-    def listener(event: Event) -> None:
-        if event["event"] == "completed":  # no other end changes the points
-            records = read_records(store.path)
-            write_tables(store.path, records, space.front)
-            if space.search.keep == "front":
-                prune_checkpoints(store.path, records, space.front, space.constraints)
-
-    return listener
 
 
 def _open(space: Space, options: SearchOptions) -> RunStore:

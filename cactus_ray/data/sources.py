@@ -6,10 +6,12 @@ Every source is called with (root, image_size, split) and gives (images float32 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,15 +28,28 @@ MNIST_SELECTION = 5_000
 
 def digits(root: str | None, image_size: int | None, split: str) -> Samples:
     """The 1,797 digits of scikit-learn, [1, 8, 8]: 20 % test, 16 % selection, the rest train, class by class."""
-    from sklearn.datasets import load_digits
-
     _fixed_size("digits", image_size)
-    bunch = load_digits()
-    labels = bunch.target.astype(np.int64)
+    table = _digits_table()
+    pictures, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
     test, selection, train = stratified(labels, (0.2, 0.16))
     chosen = {"train": train, "selection": selection, "test": test}[split]
-    images = torch.from_numpy(bunch.images[chosen]).float().div_(16)[:, None]
+    images = torch.from_numpy(pictures[chosen]).float().div_(16)[:, None]
     return images, torch.from_numpy(labels[chosen]), TEN_DIGITS
+
+
+def _digits_table() -> npt.NDArray[np.float64]:
+    """64 grey values and the label of each digit, as scikit-learn has them in a file.
+
+    Importing scikit-learn takes seconds, in every process that trains, and here only the file is wanted.
+    """
+    found = importlib.util.find_spec("sklearn")
+    file = Path(str(found.origin if found else "")).with_name("datasets") / "data" / "digits.csv.gz"
+    if file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def mnist(root: str | None, image_size: int | None, split: str) -> Samples:

@@ -38,7 +38,7 @@ def write_page(run: Path) -> Path:
     Everything is inside the file, plotly.js too, and a content security policy forbids every request. All texts are
     escaped. Raises UserError where ``run`` holds no space or no records.
     """
-    text = render(run, load_space(run / "space.yaml"), read_records(run))
+    text = render(run, load_space(run / "space.yaml"), read_records(run, verdicts=False))
     path = run / "report.html"
     temporary = run / ".report.html.tmp"
     temporary.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from cactus_ray.report.figures import duration_text, size_text
 from cactus_ray.report.tables import parameters_text
-from cactus_ray.search.pareto import non_dominated
+from cactus_ray.search.pareto import Front
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
 
@@ -51,8 +51,9 @@ class StudyProgress:
         self.console = console or Console(stderr=True)
         self.lock = threading.RLock()
         self.ended = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
-        self.points = records.points()
-        self.front = self._front()
+        points = records.points()
+        self.leading = Front(space.front, points)
+        self.samples: int | None = points[0]["samples"] if points else None
         self.open: dict[str, _Trial] = {}
         for trial in records.trials.values():
             if trial.status == "trained":
@@ -134,9 +135,9 @@ class StudyProgress:
             trial.verified += count
 
     def _on_completed(self, event: Mapping[str, Any]) -> None:
-        self.points += [dict(point) for point in event["points"]]
-        self.front = self._front()
-        own = [p for p in self.front if p["trial"] == event["trial"]]
+        self.leading.add(event["points"])
+        self.samples = event["points"][0]["samples"]
+        own = [p for p in self.leading.points if p["trial"] == event["trial"]]
         best = max(event["points"], key=lambda p: p["certified_accuracy"])
         share = f"{len(own)} of {len(event['points'])} points on the front"
         what = f"{best['certified_accuracy']:.1%} certified ({best['level']}, {size_text(best['bytes'])}B)"
@@ -152,10 +153,6 @@ class StudyProgress:
         self.open.pop(event["trial"], None)
         self.ended += 1
         self._say(f"{event['trial']} {text} [{self._done_text()}]")
-
-    def _front(self) -> list[dict[str, Any]]:
-        kept = non_dominated(self.points, self.space.front)
-        return [point for point, keep in zip(self.points, kept, strict=True) if keep]
 
     # --- what is shown
 
@@ -197,20 +194,21 @@ class StudyProgress:
     def _verdicts_in_all(self) -> int:
         """Verdicts that a trial needs: known from the space, or from a trial that is complete."""
         samples = self.space.samples if isinstance(self.space.samples, int) else 0
-        if self.points:
-            samples = self.points[0]["samples"]
+        if self.samples is not None:
+            samples = self.samples
         return samples * len(self.space.levels)
 
     def _best_text(self) -> str:
-        if not self.front:
+        front = self.leading.points
+        if not front:
             return "no point yet"
-        best = max(self.front, key=lambda p: (p["certified_accuracy"], -p["bytes"]))
-        small = min(self.front, key=lambda p: (p["bytes"], -p["certified_accuracy"]))
+        best = max(front, key=lambda p: (p["certified_accuracy"], -p["bytes"]))
+        small = min(front, key=lambda p: (p["bytes"], -p["certified_accuracy"]))
         shown = (
             f"{p['certified_accuracy']:.1%} at {size_text(p['bytes'])}B ({p['trial']} {p['level']})"
             for p in (best, small)
         )
-        return "best certified {}; smallest {}; {} points on the front".format(*shown, len(self.front))
+        return "best certified {}; smallest {}; {} points on the front".format(*shown, len(front))
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -124,7 +124,7 @@ class Tracker:
 
     def _start(self) -> None:
         wandb = self.space.get("wandb", {})
-        records = read_records(self.run)
+        records = read_records(self.run, verdicts=False)
         self.reference = dict(records.study.get("reference_point", {}))
         self.points = list(records.points())
         self.configs = {trial.id: trial.config for trial in records.trials.values()}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cactus_ray.search.pareto import non_dominated, relative_hypervolume
+from cactus_ray.search.pareto import Front, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.settings import ResourceSettings
 from cactus_ray.search.space import Space
@@ -23,15 +23,14 @@ class Plateau:
     def __init__(self, front: Mapping[str, str], gain: float) -> None:
         self.front, self.gain = front, gain
         self.reference: Mapping[str, float] = {}
-        self.points: list[Mapping[str, Any]] = []
+        self.leading = Front(front)
         self.volume = 0.0
         self.idle = 0
 
     def add(self, points: Sequence[Mapping[str, Any]]) -> None:
         """The points of a trial that is complete."""
-        points = [*self.points, *points]
-        self.points = [p for p, keep in zip(points, non_dominated(points, self.front), strict=True) if keep]
-        volume = relative_hypervolume(self.points, self.front, self.reference)
+        self.leading.add(points)
+        volume = relative_hypervolume(self.leading.points, self.front, self.reference)
         improved = volume > self.volume * (1 + self.gain)
         self.idle = 0 if improved else self.idle + 1
         self.volume = volume if improved else self.volume  # small gains add up until they count
@@ -46,6 +45,7 @@ class Budget:
         self.started = len(records.trials)
         self.work = copy.deepcopy(records.work)
         self.training = {trial.id: train_seconds(trial) for trial in records.trials.values()}
+        self.trained = sum(self.training.values())
         self.verifying = sum(records.ledger().values())
         self.plateau = Plateau(space.front, space.search.plateau_gain)
         self.plateau.reference = records.study.get("reference_point", {})
@@ -57,7 +57,7 @@ class Budget:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take up one event of the study."""
         for trial, seconds in self.work.event(event).items():
-            self.training[trial] = self.training.get(trial, 0.0) + seconds
+            self._train(trial, seconds)
         match event["event"]:
             case "study":
                 self.plateau.reference = event["reference_point"]
@@ -65,13 +65,17 @@ class Budget:
                 self.started += 1
             case "trained":
                 spent = self.training.get(event["trial"], 0.0)
-                self.training[event["trial"]] = max(spent, float(event["train_seconds"]))
+                self._train(event["trial"], max(float(event["train_seconds"]) - spent, 0.0))
             case "verdicts":
                 self.verifying += sum(float(s or 0.0) for s in event.get("ledger", {}).values())
             case "lost":
                 self.verifying += float(event.get("seconds") or 0.0)
             case "completed" if self.search.plateau is not None:
                 self.plateau.add(event["points"])
+
+    def _train(self, trial: str, seconds: float) -> None:
+        self.training[trial] = self.training.get(trial, 0.0) + seconds
+        self.trained += seconds
 
     @property
     def hours(self) -> float:
@@ -81,7 +85,7 @@ class Budget:
     @property
     def gpu_hours(self) -> float:
         """Hours of GPUs: those of the workers while they trained, those of the verifiers while they verified."""
-        return gpu_seconds(self.resources, sum(self.training.values()), self.verifying) / 3600
+        return gpu_seconds(self.resources, self.trained, self.verifying) / 3600
 
     def over(self) -> str | None:
         """Why everything must end now, with what is in flight left for a later driver; None as long as it may go on."""

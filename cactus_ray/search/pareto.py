@@ -35,12 +35,56 @@ def non_dominated(points: Sequence[Mapping[str, Any]], front: Mapping[str, str])
 
 
 def _non_dominated(rows: Array) -> npt.NDArray[np.bool_]:
+    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats."""
     keep: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
     valid = rows[keep]
     # NaN rows are out, so that every comparison below is between numbers.
-    worse = [bool(((valid <= row).all(axis=1) & (valid < row).any(axis=1)).any()) for row in valid]
-    keep[keep] = ~np.array(worse, dtype=bool)
+    numbers = np.lexsort(valid.T[::-1]) if valid.size else np.arange(len(valid))
+    left, place = valid[numbers], 0
+    while place < len(left):
+        row = left[place]
+        beaten = (row <= left).all(axis=1) & (row < left).any(axis=1)
+        if beaten.any():
+            left, numbers = left[~beaten], numbers[~beaten]
+        place += 1
+    leading = np.zeros(len(valid), dtype=bool)
+    leading[numbers] = True
+    keep[keep] = leading
     return keep
+
+
+class Front:
+    """The non-dominated points of all that were added, in the order in which they came: ``non_dominated``, kept.
+
+    A point costs one comparison with the points that are on the front, however many were added before.
+    """
+
+    def __init__(self, front: Mapping[str, str], points: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.front = dict(front)
+        self.points: list[Mapping[str, Any]] = []
+        self.rows: Array = np.empty((0, len(front)))  # of the points, smaller is better
+        self.add(points)
+
+    def add(self, points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Take up points; those of them that are not on the front, and those that leave it."""
+        rows = losses(points, self.front)
+        new = _non_dominated(rows)
+        new[new] = ~_beaten(rows[new], self.rows)
+        stay = ~_beaten(self.rows, rows[new])
+        off = [p for p, on in zip(points, new, strict=True) if not on]
+        off += [p for p, on in zip(self.points, stay, strict=True) if not on]
+        self.points = [p for p, on in zip(self.points, stay, strict=True) if on]
+        self.points += [p for p, on in zip(points, new, strict=True) if on]
+        self.rows = np.concatenate([self.rows[stay], rows[new]])
+        return off
+
+
+def _beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
+    """Which of the finite ``rows`` are dominated by one of the finite ``rivals``."""
+    if not len(rows) or not len(rivals):
+        return np.zeros(len(rows), dtype=bool)
+    theirs, mine = rivals[None, :, :], rows[:, None, :]
+    return np.asarray(((theirs <= mine).all(axis=2) & (theirs < mine).any(axis=2)).any(axis=1), dtype=bool)
 
 
 def hypervolume(values: Array, reference: Array | Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cactus_ray.search.pareto import losses, non_dominated
+from cactus_ray.search.pareto import Array, Front, losses
 
 Point = Mapping[str, Any]
 
@@ -20,19 +20,23 @@ class Rivals:
     """The front of all complete trials: whoever is beaten by anybody is beaten by one of these."""
 
     def __init__(self, front: Mapping[str, str], points: Sequence[Point]) -> None:
-        self.front = front
-        self.points: list[Point] = []
+        self.leading = Front(front)
+        self.worst: dict[int, Array] = {}  # of a point on the front, by its id: its worst outcome as losses
         self.add(points)
 
     def add(self, points: Sequence[Point]) -> None:
         """Take up the points of a trial that is complete."""
-        found: list[Point] = [*self.points, *points]
-        keep = non_dominated(found, self.front)
-        self.points = [point for point, on_front in zip(found, keep, strict=True) if on_front]
+        self.leading.add(points)
+        known, self.worst = self.worst, {}
+        for point in self.leading.points:
+            row = known.get(id(point))
+            self.worst[id(point)] = _worst([point], self.leading.front)[0] if row is None else row
 
     def of(self, point: Point, siblings: Sequence[Point]) -> Point | None:
         """Who beats ``point`` for good, among these and the other points of its trial."""
-        return bettered_by(point, [*self.points, *siblings], self.front)
+        front = self.leading.front
+        rows = [*self.worst.values(), *_worst(siblings, front)]
+        return _first_better(point, [*self.leading.points, *siblings], rows, front)
 
 
 def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:
@@ -64,10 +68,20 @@ def bettered_by(
     ``rivals`` are points of trials that are complete, or of the same trial: a trial that fails takes its points along.
     A point that is beaten here is beaten however its open samples are decided, also by somebody on the front.
     """
-    best = {c: ends(point, c)[1 if goal == "maximize" else 0] for c, goal in front.items()}
-    worst = [{c: ends(rival, c)[0 if goal == "maximize" else 1] for c, goal in front.items()} for rival in rivals]
+    return _first_better(point, rivals, list(_worst(rivals, front)), front)
+
+
+def _worst(rivals: Sequence[Point], front: Mapping[str, str]) -> Array:
+    """Their worst outcomes [rivals, columns], smaller is better."""
+    return losses([{c: ends(r, c)[0 if goal == "maximize" else 1] for c, goal in front.items()} for r in rivals], front)
+
+
+def _first_better(
+    point: Point, rivals: Sequence[Point], rows: Sequence[Array], front: Mapping[str, str]
+) -> Point | None:
     if not rivals:
         return None
-    mine, others = losses([best], front)[0], losses(worst, front)
+    best = {c: ends(point, c)[1 if goal == "maximize" else 0] for c, goal in front.items()}
+    mine, others = losses([best], front)[0], np.stack(rows)
     beaten = np.flatnonzero((others <= mine).all(axis=1) & (others < mine).any(axis=1))
     return rivals[int(beaten[0])] if len(beaten) else None

@@ -68,8 +68,12 @@ class RunStore:
             raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
         if kind == "completed" and (fault := fault_of(event)):
             raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
-        plain = _without_non_finite(event) if kind in ("epoch", "verdicts") else event
-        append_line(self.file, plain)
+        try:
+            append_line(self.file, event)
+        except ValueError:  # hardly ever, so that not every one of many numbers is looked at
+            if kind not in ("epoch", "verdicts"):
+                raise
+            append_line(self.file, _without_non_finite(event))
 
     def save_checkpoint(self, trial: str, network: bytes) -> Path:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""

@@ -72,3 +72,25 @@ def test_states_come_after_the_epochs_that_they_are_of_and_only_the_newest() -> 
         assert await box.state("t0001#2") is None
 
     asyncio.run(course())
+
+
+def test_what_a_dead_trial_held_is_freed_and_only_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = (("t0001", "aa"), ("t0001", "bb"), ("t0002", "cc"))
+    mail = [("holds", f"{trial}#2", {"group": group}) for trial, group in groups]
+    died: list[str] = []
+    study: Any = SimpleNamespace(training={"t0001", "t0002"}, died=lambda trial, why: died.append(trial))
+    mailbox: Any = SimpleNamespace(take=SimpleNamespace(remote=lambda: None))
+    desk = Desk(study, Any, Any, mailbox)  # type: ignore[arg-type]
+    monkeypatch.setattr(ray, "get", lambda reference: [mail.pop(0) for _ in range(len(mail))])
+    desk.senders = {"t0001": "t0001#2", "t0002": "t0002#2"}
+    freed: list[str] = []
+    monkeypatch.setattr(desk, "_free", freed.append)
+    desk.take_mail()
+    desk.trainer_ended("t0002", error=False)
+    assert (freed, died) == ([], [])
+    desk.trainer_ended("t0001", error=True)
+    assert (freed, died) == (["bb"], ["t0001"])  # its workers were started twice, and what the first held is gone
+    assert desk.groups == {}
+    mail.append(("holds", "t0001#1", {"group": "dd"}))  # of an attempt that was given up before it was heard
+    desk.take_mail()
+    assert (freed, desk.groups) == (["bb", "dd"], {})

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cactus_ray.search.pareto import hypervolume, knee, non_dominated, relative_hypervolume
+from cactus_ray.search.pareto import Front, hypervolume, knee, non_dominated, relative_hypervolume
 
 FRONT = {"certified_accuracy": "maximize", "bytes": "minimize"}
 grid = st.integers(0, 4).map(float)
@@ -29,6 +29,25 @@ def test_the_front_is_what_no_other_point_beats(rows: list[tuple[float, float, f
         return p[0] >= q[0] and p[1] <= q[1] and p[2] >= q[2] and p != q
 
     assert non_dominated(points, front) == [not any(beats(p, q) for p in rows) for q in rows]
+
+
+odd = st.sampled_from([0.0, 1.0, 2.0, 3.0, math.nan, math.inf, None])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.tuples(odd, odd, odd), max_size=5), max_size=8))
+def test_a_front_that_is_kept_is_the_front_of_all(trials: list[list[tuple[float | None, ...]]]) -> None:
+    """With equal points, and with values that are missing or not finite; what leaves it never comes back."""
+    goals = {"a": "maximize", "b": "minimize", "c": "maximize"}
+    kept, points, off = Front(goals), [], []
+    for rows in trials:
+        new = [dict(zip("abc", row, strict=True)) for row in rows]
+        points += new
+        off += kept.add(new)
+        expected = [p for p, on in zip(points, non_dominated(points, goals), strict=True) if on]
+        assert list(map(id, kept.points)) == list(map(id, expected))
+        assert sorted(map(id, [*off, *kept.points])) == sorted(map(id, points))
+    assert list(map(id, Front(goals, points).points)) == list(map(id, kept.points))
 
 
 def test_points_without_a_finite_value_are_out_and_beat_nothing() -> None:
