@@ -87,6 +87,7 @@ class Study:
         self.reference: dict[str, float] = dict(records.study.get("reference_point", {}))
         self.configs: dict[str, RunConfig] = {}
         self.numbers: dict[str, int] = {}
+        self.hashes: dict[str, str] = {}
         self.verifying: dict[str, Verification] = {}
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
@@ -319,10 +320,12 @@ class Study:
 
     def _point(self, trial: str, level: str, state: Verification) -> dict[str, Any]:
         config = self.configs[trial]
+        if trial not in self.hashes:  # dear to work out, and asked for at every level
+            self.hashes[trial] = config.config_hash
         return {
             "trial": trial, "level": level, "method": config.method, "seed": config.seed, "split": "selection",
             **counts(state.rows[level].values()), **state.measures[level], "train_seconds": state.train_seconds,
-            "verify_seconds": state.seconds[level], "config_hash": config.config_hash,
+            "verify_seconds": state.seconds[level], "config_hash": self.hashes[trial],
         }  # fmt: skip
 
     def failed(self, trial: str, error: str, step: int | None = None) -> None:

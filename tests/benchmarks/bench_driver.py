@@ -5,9 +5,8 @@
 
 The real ``Study`` with its real store (events synced to disk), rungs, tables, kept networks and progress lines. 64
 simulated workers make up epochs and verdicts in simulated time. The history grows under random search; then the study
-is reopened from its records, as after a kill, under each sampler in turn, and so many more trials are measured. Times
-are of the wall, in ms; ``--clock cpu`` counts this process's CPU seconds instead, on a busy machine. ``--ray``: so many
-trials that sleep instead, through Ray, its desk and its mailbox.
+is reopened from its records, as after a kill, under each sampler in turn, and so many more trials are measured.
+``--ray``: so many trials that sleep instead, through Ray, its desk and its mailbox.
 """
 
 from __future__ import annotations
@@ -48,30 +47,31 @@ WORKERS = 64
 SAMPLES = 360
 REFERENCE = {"certified_accuracy": 0.0, "bytes": 400_000.0, "standard_accuracy": 0.0}
 SIZES = (120_000, 40_000, 25_000, 30_000, 20_000, 15_000)
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
 class Times:
-    """Seconds of the calls of each kind."""
+    """Seconds of the calls of each kind: of the wall, and of this process's CPUs."""
 
-    clock: Callable[[], float]
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    busy: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     @contextmanager
     def of(self, kind: str) -> Iterator[None]:
-        begin = self.clock()
+        begin, busy = time.perf_counter(), time.process_time()
         yield
-        self.seconds[kind].append(self.clock() - begin)
+        self.seconds[kind].append(time.perf_counter() - begin)
+        self.busy[kind].append(time.process_time() - busy)
 
     def print(self) -> None:
         for kind, found in sorted(self.seconds.items()):
-            found.sort()
-            middle, high = found[len(found) // 2], found[min(int(0.99 * len(found)), len(found) - 1)]
-            print(
-                f"    {kind:22s} {len(found):7d} calls  median {1e3 * middle:8.2f}  p99 {1e3 * high:8.2f}  "
-                f"max {1e3 * found[-1]:8.2f} ms"
-            )
+            print(f"    {kind:22s} {len(found):7d} calls  {_three(found)} ms;  of CPU {_three(self.busy[kind])} ms")
+
+
+def _three(found: list[float]) -> str:
+    ordered = sorted(found)
+    high = ordered[min(int(0.99 * len(ordered)), len(ordered) - 1)]
+    return f"median {1e3 * ordered[len(ordered) // 2]:6.2f}  p99 {1e3 * high:6.2f}  max {1e3 * ordered[-1]:6.2f}"
 
 
 def space(sampler: str, scheduler: str, epochs: int) -> Space:
@@ -177,7 +177,7 @@ class Run:
             study.begin({"name": "bench", "seed": 0}, REFERENCE)
         del records
         study.work()
-        times = Times(CLOCKS[self.options.clock])
+        times = Times()
         gc.collect()
         with upkeep.writing():
             Workers(study, times, self.part).run(trials)
@@ -224,7 +224,7 @@ def sleeping(trials: int, at_once: int, folder: Path) -> None:
             "verification": {"samples": 20, "attack_steps": 1}, "wandb": {"mode": "disabled"},
         }
     )  # fmt: skip
-    times, store = Times(CLOCKS["wall"]), RunStore(folder)
+    times, store = Times(), RunStore(folder)
     upkeep = Upkeep(asked, store, Records())
     study = Study(asked, store, Records(), list(range(20)), [upkeep.event])
     for name in ("epoch", "trained", "verified", "stopped", "next_trial"):
@@ -255,7 +255,6 @@ def main() -> None:
     parser.add_argument("--scheduler", default="asha", help="none: every trial is trained to its end and verified")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--measured", type=int, default=200, help="trials that are measured under each sampler")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
     parser.add_argument("--end", action="store_true", help="write the tables from the records at the end, too")
     parser.add_argument("--page", action="store_true", help="with --end: report.html, too")
     parser.add_argument("--folder", type=Path, help="keep the run here and go on with it")
