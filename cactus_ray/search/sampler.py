@@ -170,8 +170,10 @@ class OptunaSampler:
             self._add(values, "failed" if record.status == "completed" and past is None else record.status, past)
             self._drawn.append(values)
             return
+        # All values are given, so a model need not be asked for any: for trials that were under way it would take long.
+        attempt = 0 if kind in _NOTES_ASKS else _REDRAWS + 1
         with quiet():
-            trial = self._ask(0, recorded)
+            trial = self._ask(attempt, recorded)
             self._suggest(trial)
         self._opened(Suggestion(record.number, values), trial)
         if record.status in STATES:
