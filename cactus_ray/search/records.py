@@ -122,7 +122,7 @@ def read_records(run: str | Path, *, verdicts: bool = True) -> Records:
     records = Records()
     try:
         with file.open("rb") as lines:
-            ended = set() if verdicts else _ended(lines)
+            ended: set[bytes] = set() if verdicts else _ended(lines)
             lines.seek(0)
             for number, event in _events(lines, ended):
                 if event is None or not _take(records, event, file):
