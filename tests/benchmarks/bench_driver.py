@@ -74,10 +74,11 @@ def _three(found: list[float]) -> str:
     return f"median {1e3 * ordered[len(ordered) // 2]:6.2f}  p99 {1e3 * high:6.2f}  max {1e3 * ordered[-1]:6.2f}"
 
 
-def space(sampler: str, scheduler: str, epochs: int) -> Space:
+def space(sampler: str, options: argparse.Namespace) -> Space:
     changes = {
-        "search.sampler": sampler, "search.trials": "1000000", "search.scheduler.name": scheduler,
-        "train.epochs": str(epochs), "wandb.mode": "disabled",
+        "search.sampler": sampler, "search.trials": "1000000", "search.scheduler.name": options.scheduler,
+        "search.scheduler.reduction": str(options.reduction), "train.epochs": str(options.epochs),
+        "wandb.mode": "disabled",
     }  # fmt: skip
     return load_space(SPACE, changes)
 
@@ -165,7 +166,7 @@ class Run:
 
     def more(self, sampler: str, trials: int, what: str | None) -> None:
         """So many more trials under a sampler; times are printed where ``what`` names them."""
-        asked, store = space(sampler, self.options.scheduler, self.options.epochs), RunStore(self.folder)
+        asked, store = space(sampler, self.options), RunStore(self.folder)
         begin = time.perf_counter()
         records = read_records(self.folder, verdicts=False) if store.file.exists() else Records()
         read = time.perf_counter()
@@ -198,7 +199,7 @@ class Run:
     def end(self) -> None:
         """What a driver does when its study is over."""
         begin = time.perf_counter()
-        asked = space("random", self.options.scheduler, self.options.epochs)
+        asked = space("random", self.options)
         write_tables(self.folder, read_records(self.folder, verdicts=False), asked.front)
         middle = time.perf_counter()
         print(f"tables from the records in {middle - begin:.1f} s")
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--trials", default="1000,10000")
     parser.add_argument("--samplers", default="random,tpe")
     parser.add_argument("--scheduler", default="asha", help="none: every trial is trained to its end and verified")
+    parser.add_argument("--reduction", type=float, default=3.0, help="of halving: more trials are stopped at once")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--measured", type=int, default=200, help="trials that are measured under each sampler")
     parser.add_argument("--end", action="store_true", help="write the tables from the records at the end, too")
