@@ -275,7 +275,7 @@ def test_a_verifier_that_is_free_gets_the_next_chunk_where_one_is_withdrawn() ->
     pool.broker, pool.lock = broker(2), threading.Lock()
     pool.broker.offer(job(1, "dear", count=3))
     pool.broker.offer(job(2, "dear", count=1))
-    left = {"t1/dear/0": (), "t1/dear/1": ("int8",), "t1/dear/2": ()}
+    left: dict[str, tuple[str, ...]] = {"t1/dear/0": (), "t1/dear/1": ("int8",), "t1/dear/2": ()}
     pool.still_worth = lambda chunk: left.get(chunk.id, chunk.levels)
     starts, cuts = pool._assign()
     assert [(s.chunk.id, s.chunk.levels) for s in starts] == [
