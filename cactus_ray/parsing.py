@@ -20,7 +20,10 @@ _hints = functools.cache(typing.get_type_hints)  # annotations are texts, and pu
 
 
 def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
-    """A field with its allowed values. ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum."""
+    """A field with its allowed values.
+
+    ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum; ``word``: text that stands for None.
+    """
     metadata = {"doc": doc, "choices": choices, **limits}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -67,7 +70,7 @@ def parse(kind: type[T], data: Any, path: str = "") -> T:
 def convert(hint: Any, value: Any, metadata: Mapping[str, Any], path: str) -> Any:
     """``value`` as the annotated type, checked against the field's choices and limits; ConfigError otherwise."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None or (isinstance(value, str) and value == metadata.get("word")):
             return None
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
     if is_dataclass(hint):
@@ -109,9 +112,9 @@ def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
     low_text = f"[{low}" if low is not None else f"({metadata.get('exclusive_minimum', '-inf')}"
     high_text = f"{high}]" if high is not None else f"{metadata.get('exclusive_maximum', 'inf')})"
     limited = any(k in metadata for k in ("minimum", "maximum", "exclusive_minimum", "exclusive_maximum"))
-    return (
-        f"{'a whole number' if hint is int else 'a finite number'}{f' in {low_text}, {high_text}' if limited else ''}"
-    )
+    word = f"{metadata['word']} or " if "word" in metadata else ""
+    kind = "a whole number" if hint is int else "a finite number"
+    return f"{word}{kind}{f' in {low_text}, {high_text}' if limited else ''}"
 
 
 def _join(path: str, key: object) -> str:

@@ -31,7 +31,9 @@ ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
+def connected(
+    address: str | None, *, cpus: int | None = None, gpus: int | None = None
+) -> Iterator[Mapping[str, float]]:
     """A Ray for the time of the block: the one at ``address``, or a local one that ends with the block.
 
     Yields the cluster's resources. Raises UserError where nothing answers at ``address``.
@@ -42,7 +44,7 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Mappi
         warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
         if address is None:
             # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
-            ray.init(address="local", num_cpus=cpus or _enough_cpus(), include_dashboard=False,
+            ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
                      log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
             _close_token_file()
         else:
@@ -53,10 +55,10 @@ def connected(address: str | None, *, cpus: int | None = None) -> Iterator[Mappi
         ray.shutdown()
 
 
-def node_shapes() -> list[dict[str, float]]:
-    """CPUs and GPUs of every node that is alive."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [{kind: float(found.get(kind, 0.0)) for kind in ("CPU", "GPU")} for found in alive]
+def node_shapes() -> dict[str, dict[str, float]]:
+    """CPUs and GPUs of every node that is alive, by its id."""
+    alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {name: {kind: float(has.get(kind, 0.0)) for kind in ("CPU", "GPU")} for name, has in alive.items()}
 
 
 def _enough_cpus() -> int | None:

@@ -6,15 +6,17 @@ import _thread
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
 from cactus_ray.cluster.broker import Cut, Job, Lost
 from cactus_ray.cluster.mailbox import Message, sender_of, trial_of
+from cactus_ray.cluster.packing import per_gpu
 from cactus_ray.cluster.resources import Plan, missing
 from cactus_ray.cluster.verifier import ChunkFailure, labels_of
-from cactus_ray.cluster.verifier_pool import Outcome, VerifierPool
+from cactus_ray.cluster.verifier_pool import SPARED, Outcome, VerifierPool
 from cactus_ray.errors import RunFailedError
 from cactus_ray.search.chunks import Chunk
 from cactus_ray.search.study import Study
@@ -29,10 +31,16 @@ logger = logging.getLogger(__name__)
 
 
 class Desk:
-    """Keeps the study's state in step with what trainers and verifiers send. All access is under one lock."""
+    """Keeps the study's state in step with what trainers and verifiers send. All access is under one lock.
 
-    def __init__(self, study: Study, shares: Plan, pool: VerifierPool, mailbox: Any) -> None:
-        self.study, self.shares, self.pool, self.mailbox = study, shares, pool, mailbox
+    ``loosen``: the plan after a trial with this part of a GPU ran out of its memory, or None (``packing.loosened``).
+    """
+
+    def __init__(
+        self, study: Study, shares: Plan, pool: VerifierPool, mailbox: Any,
+        loosen: Callable[[float], Plan | None] = lambda gpus: None,
+    ) -> None:  # fmt: skip
+        self.study, self.shares, self.pool, self.mailbox, self.loosen = study, shares, pool, mailbox, loosen
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.error: BaseException | None = None
@@ -45,6 +53,7 @@ class Desk:
         self.thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
     def start(self) -> None:
+        self.pool.still_worth = self._still_worth
         self._offer(self.study.resume())
         self.thread.start()
 
@@ -110,6 +119,8 @@ class Desk:
                     self.study.stopped(trial, **content)
                 elif kind == "trained":
                     self._offer(self.study.trained(trial, **content))
+                elif kind == "oom":
+                    self._out_of_memory(trial, **content)
                 else:
                     self.study.failed(trial, **content)
             if messages:
@@ -119,6 +130,24 @@ class Desk:
         with self.lock:
             self.study.alive()
 
+    def _out_of_memory(self, trial: str, error: str, gpus: float, peak: int = 0, total: int = 0) -> None:
+        """Queue a trial again that shared a GPU, with fewer to a GPU from here on; one that had it all has failed."""
+        sizes = {"peak": peak, "total": total} if total else {}
+        if (looser := self.loosen(gpus)) is None:
+            r = self.shares.resources
+            beside = f" beside {r.verifiers} verifier(s) of {r.gpus_per_verifier:g}" if r.gpus_per_verifier else ""
+            used = f" after {peak / 1e9:.3g} of {total / 1e9:.3g} GB" if total else ""
+            self.study.failed(
+                trial,
+                f"out of memory{used} with {gpus:g} GPU and no other trial on it{beside}; a smaller model or "
+                f"train.batch_size would need less ({error})",
+            )
+            return
+        if per_gpu(looser.resources) < per_gpu(self.shares.resources):  # the first of those that shared it that way
+            self.shares = looser
+        number = per_gpu(self.shares.resources)
+        self.study.out_of_memory(trial, {"trials_per_gpu": number, "error": error, "had": gpus, **sizes})
+
     def name_pending(self) -> None:
         """Say once of every trial that waits too long for its resources what it waits for."""
         with self.lock:
@@ -126,7 +155,7 @@ class Desk:
             for trial in late:
                 del self.pending[trial]
         if late:
-            words = missing(self.study.space.resources, ray.available_resources())
+            words = missing(self.shares.resources, ray.available_resources())
             logger.warning("%s: not begun after %g s: %s", ", ".join(late), PENDING_SECONDS, words)
 
     def _offer(self, chunks: list[Chunk]) -> None:
@@ -144,11 +173,17 @@ class Desk:
                 self.study.lost(found.chunk, found.reason, found.seconds)
                 if found.over:
                     self._give_up(found.chunk, found.reason)
+            elif isinstance(found, Cut) and found.reason == SPARED:
+                self._offer(self.study.withdrawn(found.chunk))
             elif isinstance(found, Cut):
                 self._give_up(found.chunk, found.reason)
             else:
                 self._offer(self.study.verified(found))
             self.changed.notify_all()
+
+    def _still_worth(self, chunk: Chunk) -> tuple[str, ...]:
+        with self.lock:
+            return self.study.still_worth(chunk)
 
     def _give_up(self, chunk: Chunk, reason: str) -> None:
         labels = labels_of(self.study.space.data, chunk.indices)
@@ -199,7 +234,7 @@ class Desk:
                     rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
                     return {
                         "trial": start.id, "run": start.config.to_dict(), "rungs": rungs, "epoch": start.epoch,
-                        "sender": sender,
+                        "sender": sender, "gpus": shares.resources.gpus_per_worker,
                     }  # fmt: skip
                 left = deadline - time.monotonic()
                 if left <= 0 or self.study.training:

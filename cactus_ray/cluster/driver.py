@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from cactus_ray.cluster.broker import Broker, Limits
 from cactus_ray.cluster.connect import connected, node_shapes
 from cactus_ray.cluster.desk import Desk
 from cactus_ray.cluster.mailbox import Mailbox
+from cactus_ray.cluster.packing import decided, loosened, packed, profile
 from cactus_ray.cluster.resources import Plan, plan
 from cactus_ray.cluster.train_workers import TrainJob, train_trial
 from cactus_ray.cluster.verifier import VerifierContext
@@ -45,7 +46,7 @@ class DriverOptions:
     """Where a study runs.
 
     ``storage``: folder for Ray's scratch files, shared on a cluster of several nodes; ``init``: bytes of a network that
-    every training starts from; ``cpus``: logical CPUs of a local Ray (default: those of the machine).
+    every training starts from; ``cpus``, ``gpus``: logical ones of a local Ray (default: those of the machine).
     """
 
     address: str | None = None
@@ -53,6 +54,7 @@ class DriverOptions:
     trust_code: bool = False
     init: bytes | None = None
     cpus: int | None = None
+    gpus: int | None = None
 
 
 class DeskSearcher(Searcher):  # type: ignore[misc]
@@ -79,7 +81,9 @@ class DeskSearcher(Searcher):  # type: ignore[misc]
         if found == "finished":
             return str(Searcher.FINISHED)
         if isinstance(found, dict):
-            self.trials[trial_id] = found["trial"]
+            # of a trial that is tried again, the last attempt counts
+            before = {tune_id: trial for tune_id, trial in self.trials.items() if trial != found["trial"]}
+            self.trials = {**before, trial_id: found["trial"]}
         return found
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
@@ -102,13 +106,19 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
     """
     space = study.space
     with contextlib.ExitStack() as stack:
-        available = stack.enter_context(connected(options.address, cpus=options.cpus))
-        shares = plan(space, available, node_shapes())
+        available = stack.enter_context(connected(options.address, cpus=options.cpus, gpus=options.gpus))
+        nodes = node_shapes()
+        shapes = list(nodes.values())
+        packing = decided(space, study.lowered, lambda: profile(space, options.trust_code, available, shapes))
+        shares = plan(packed(space, packing.per_gpu) if packing else space, available, shapes)
         folder = stack.enter_context(scratch(study.store.path, options.storage))
         listener = stack.enter_context(attach()) if attach else None
         with _recorded_end(study, listener):
-            pool = _pool(study, shares)
-            desk = Desk(study, shares, pool, ray.remote(num_cpus=0)(Mailbox).remote())
+            if packing is not None:
+                study.packed(packing.to_dict())
+            pool = _pool(study, shares, list(nodes))
+            mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+            desk = Desk(study, shares, pool, mailbox, lambda gpus: loosened(space, gpus, available, shapes))
             desk.start()
             try:
                 with _heard(desk):
@@ -123,7 +133,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
                 raise desk.error
 
 
-def _pool(study: Study, shares: Plan) -> VerifierPool:
+def _pool(study: Study, shares: Plan, nodes: Sequence[str]) -> VerifierPool:
     """The verifiers, and a broker that goes on where the records of an earlier driver end."""
     space, r = study.space, study.space.resources
     default = DEFAULT_SECONDS if space.verification.bound == "branch" else 0.0
@@ -135,7 +145,10 @@ def _pool(study: Study, shares: Plan) -> VerifierPool:
     )
     broker = Broker(limits, [f"verifier-{i}" for i in range(shares.verifiers)], study.spent, study.losses)
     context = VerifierContext(space.data, space.threat, space.verification, r.threads, r.gpus_per_verifier > 0)
-    return VerifierPool(context, broker, shares.verifier_resources, lambda trial: study.checkpoint(trial).read_bytes())
+    return VerifierPool(
+        context, broker, shares.verifier_resources, lambda trial: study.checkpoint(trial).read_bytes(),
+        [nodes[place] for place in shares.verifier_nodes],
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -183,7 +196,6 @@ def _job(space: Space, shares: Plan, folder: Path, options: DriverOptions) -> Tr
         execution=shares.execution,
         workers=r.workers,
         cpus_per_worker=r.cpus_per_worker,
-        gpus_per_worker=r.gpus_per_worker,
         threads=r.threads,
         storage=str(folder),
         trust_code=options.trust_code,
@@ -193,9 +205,13 @@ def _job(space: Space, shares: Plan, folder: Path, options: DriverOptions) -> Tr
 
 
 def _tune(desk: Desk, job: TrainJob, shares: Plan, folder: Path) -> None:
-    trainable = tune.with_resources(
-        tune.with_parameters(train_trial, job=job, mailbox=desk.mailbox), shares.trial_resources
-    )
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        asked = dict(shares.trial_resources)
+        if asked.get("GPU"):  # what a trial gets when it starts: a lack of memory may have changed it since
+            asked["GPU"] = config.get("gpus", asked["GPU"])
+        return tune.PlacementGroupFactory([asked])
+
+    trainable = tune.with_resources(tune.with_parameters(train_trial, job=job, mailbox=desk.mailbox), resources)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         trainable,

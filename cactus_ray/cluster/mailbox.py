@@ -9,8 +9,8 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("holds", "begun", "epoch", "rung", "trained", "stopped", "failed", "saved"), sender, content."""
-ENDS = ("trained", "stopped", "failed")
+"""Kind ("holds", "begun", "epoch", "rung", "trained", "stopped", "failed", "oom", "saved"), sender, content."""
+ENDS = ("trained", "stopped", "failed", "oom")
 
 
 def sender_of(trial: str, attempt: int) -> str:

@@ -19,7 +19,9 @@ class Plan:
 
     ``execution``: "direct" (the loop runs in the trial's actor) or "train" (Ray Train workers; the trial's actor then
     asks for next to nothing, because Train's placement group holds the compute). ``training``: trials that train at
-    once. ``in_flight``: trials that train or wait for verdicts.
+    once. ``in_flight``: trials that train or wait for verdicts. ``verifier_nodes``: the node of each verifier, by its
+    place in the list that was planned for: where trials lose least. What is left is cut into equal workers, so it does
+    not matter where Ray puts those. ``resources``: what was planned for.
     """
 
     execution: str
@@ -28,6 +30,8 @@ class Plan:
     trial_resources: dict[str, float]
     verifier_resources: dict[str, float]
     verifiers: int
+    verifier_nodes: tuple[int, ...]
+    resources: ResourceSettings
 
 
 def execution_of(resources: ResourceSettings) -> str:
@@ -46,7 +50,7 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
     r = space.resources
     execution = execution_of(r)
     shape = list(nodes) or [available]
-    fitting = _fitting(r, shape)
+    verifier_nodes, fitting = _fitting(r, shape)
     if fitting < 1:
         largest = ""
         if len(shape) > 1:
@@ -70,7 +74,9 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
         else {"memory": 1.0}
     )
     verifier_resources = {"CPU": float(r.cpus_per_verifier), "GPU": float(r.gpus_per_verifier)}
-    return Plan(execution, training, in_flight, trial_resources, verifier_resources, r.verifiers)
+    return Plan(
+        execution, training, in_flight, trial_resources, verifier_resources, r.verifiers, verifier_nodes, r
+    )  # fmt: skip
 
 
 def missing(resources: ResourceSettings, free: Mapping[str, float]) -> str:
@@ -90,38 +96,51 @@ def _amounts(of: Mapping[str, float]) -> str:
     return f"{of.get('CPU', 0.0):g} CPU and {of.get('GPU', 0.0):g} GPU"
 
 
-def _fitting(r: ResourceSettings, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Trials that fit beside the verifiers; 0 also where the verifiers alone do not fit."""
-    cpus = [node.get("CPU", 0.0) for node in nodes]
-    gpus = [[1.0] * int(node.get("GPU", 0.0) + TINY) for node in nodes]
+@dataclass(slots=True)
+class _Room:
+    """What one node has left: CPUs, and of each of its GPUs."""
 
-    def placed(wanted_cpus: float, wanted_gpus: float) -> bool:
-        for i, free in enumerate(gpus):
-            if cpus[i] + TINY >= wanted_cpus and _place(free, wanted_gpus):
-                cpus[i] -= wanted_cpus
-                return True
-        return False
+    cpus: float
+    gpus: list[float]
 
-    if not all(placed(r.cpus_per_verifier, r.gpus_per_verifier) for _ in range(r.verifiers)):
-        return 0
-    trials = 0
-    while all(placed(r.cpus_per_worker, r.gpus_per_worker) for _ in range(r.workers)):
-        trials += 1
-    return trials
+    def workers(self, cpus: float, gpus: float) -> int:
+        """How many equal workers fit, in whatever order they come."""
+        by_cpu = int((self.cpus + TINY) / cpus)
+        if gpus >= 1:
+            return min(by_cpu, sum(left > 1 - TINY for left in self.gpus) // int(gpus + TINY))
+        if gpus > 0:
+            return min(by_cpu, sum(int((left + TINY) / gpus) for left in self.gpus))
+        return by_cpu
+
+    def after(self, cpus: float, gpus: float) -> _Room | None:
+        """What is left after one more; None where it does not fit. Parts of a GPU come from the fullest that has room,
+        as no two can give one; Ray does the same within a node."""
+        left = list(self.gpus)
+        if self.workers(cpus, gpus) < 1:
+            return None
+        if gpus >= 1:
+            for i in [i for i, free in enumerate(left) if free > 1 - TINY][: int(gpus + TINY)]:
+                left[i] = 0.0
+        elif gpus > 0:
+            left[min((i for i, free in enumerate(left) if free + TINY >= gpus), key=lambda i: left[i])] -= gpus
+        return _Room(self.cpus - cpus, left)
 
 
-def _place(free: list[float], wanted: float) -> bool:
-    """Take ``wanted`` GPUs out of ``free``: a part of one from the fullest that has it, as no two can give a part."""
-    if wanted >= 1:
-        whole = [i for i, left in enumerate(free) if left > 1 - TINY][: int(wanted + TINY)]
-        if len(whole) < int(wanted + TINY):
-            return False
-        for i in whole:
-            free[i] = 0.0
-        return True
-    room = [i for i, left in enumerate(free) if left + TINY >= wanted]
-    if wanted > 0 and not room:
-        return False
-    if wanted > 0:
-        free[min(room, key=lambda i: free[i])] -= wanted
-    return True
+def _fitting(r: ResourceSettings, nodes: Sequence[Mapping[str, float]]) -> tuple[tuple[int, ...], int]:
+    """The node of each verifier, and the trials that fit beside them; 0 also where the verifiers alone do not fit."""
+    rooms = [_Room(node.get("CPU", 0.0), [1.0] * int(node.get("GPU", 0.0) + TINY)) for node in nodes]
+    worker = r.cpus_per_worker, r.gpus_per_worker
+    chosen: list[int] = []
+    for _ in range(r.verifiers):
+        found = [
+            (i, after)
+            for i, room in enumerate(rooms)
+            if (after := room.after(r.cpus_per_verifier, r.gpus_per_verifier))
+        ]
+        if not found:
+            return tuple(chosen), 0
+        lost = {i: rooms[i].workers(*worker) - after.workers(*worker) for i, after in found}
+        place, after = min(found, key=lambda pair: (lost[pair[0]], pair[1].cpus, pair[0]))
+        rooms[place] = after
+        chosen.append(place)
+    return tuple(chosen), sum(room.workers(*worker) for room in rooms) // r.workers

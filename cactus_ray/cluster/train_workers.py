@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import tempfile
 import time
@@ -15,6 +16,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from cactus_ray.cluster.mailbox import Message
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
 from cactus_ray.errors import UserError
@@ -38,7 +40,6 @@ class TrainJob:
     execution: str
     workers: int
     cpus_per_worker: float
-    gpus_per_worker: float
     threads: int
     storage: str
     trust_code: bool
@@ -71,22 +72,49 @@ def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str
 
     ``config["rungs"]``: the epochs after which the proxies are measured at ``levels`` and the driver is asked.
 
+    ``config["gpus"]``: GPUs of a worker.
+
     A failure is mailed with its step and ends the trial normally: what a trial came to is decided by our records, and
-    Ray would only add a traceback to the terminal.
+    Ray would only add a traceback to the terminal. So is a lack of GPU memory, which the driver may answer with another
+    attempt.
     """
     import ray
 
-    sender = str(config["sender"])
     try:
         if job.execution == "train":
             _train_with_ray_train(config, job, mailbox)
         else:
             _train_direct(config, job, mailbox)
     except Exception as error:  # whatever ends a trial must reach the records, with its name
-        step = error.step if isinstance(error, NonFiniteLossError) else None
-        ray.get(mailbox.put.remote(("failed", sender, {"error": describe(error), "step": step})))
-        return {"outcome": "failed"}
-    return {"outcome": "trained"}
+        ray.get(mailbox.put.remote(_failure(error, config)))
+        outcome = "failed"
+    else:
+        outcome = "ended"
+    gc.collect()
+    torch.cuda.empty_cache()  # this process may wait long for its next trial, or for none
+    return {"outcome": outcome}
+
+
+def _failure(error: Exception, trial: dict[str, Any]) -> Message:
+    """What is mailed of an exception that ended a trial."""
+    if trial["gpus"] > 0 and ran_out_of_gpu(error):
+        gpu = torch.cuda.is_available()
+        sizes = {"peak": torch.cuda.max_memory_allocated(), "total": torch.cuda.mem_get_info()[1]} if gpu else {}
+        return "oom", trial["sender"], {"error": describe(error), "gpus": trial["gpus"], **sizes}
+    step = error.step if isinstance(error, NonFiniteLossError) else None
+    return "failed", trial["sender"], {"error": describe(error), "step": step}
+
+
+def ran_out_of_gpu(error: BaseException) -> bool:
+    """Whether an exception, or what caused it, says that a GPU's memory ran out: to torch's allocator, to CUDA itself
+    or to one of its libraries."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    library = ("CUBLAS_STATUS_" in text or "CUDNN_STATUS_" in text) and "ALLOC_FAILED" in text
+    if isinstance(error, RuntimeError) and (library or "CUDA error: out of memory" in text):
+        return True
+    return error.__cause__ is not None and ran_out_of_gpu(error.__cause__)
 
 
 def describe(error: BaseException) -> str:
@@ -107,7 +135,7 @@ def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     mailbox.put.remote(("begun", trial["sender"], {"epoch": trial["epoch"]}))
     torch.set_num_threads(job.threads)
     keeper = Keeper(trial["sender"], job.state_seconds, mailbox)
-    device = "cuda" if job.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
+    device = "cuda" if trial["gpus"] > 0 and torch.cuda.is_available() else "cpu"
 
     def report(epoch: EpochReport) -> bool:
         content = _scored(epoch, trial)
@@ -173,7 +201,8 @@ def _scored(epoch: EpochReport, trial: dict[str, Any]) -> dict[str, Any]:
     """What is mailed of an epoch; on every worker, because the proxies are measured by all together."""
     rungs = trial["rungs"]
     proxies = epoch.score(rungs["levels"]) if epoch.epoch in rungs["scored"] else {}
-    return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": {**epoch.metrics, **proxies}}
+    shared = {"gpus": trial["gpus"]} if trial["gpus"] > 0 else {}
+    return {"epoch": epoch.epoch, "epochs": epoch.epochs, "metrics": {**epoch.metrics, **proxies}, **shared}
 
 
 def _mail_epoch(content: dict[str, Any], trial: dict[str, Any], mailbox: Any) -> bool:
@@ -207,12 +236,13 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
 
     from cactus_ray.cluster.ray_train import trainer
 
-    on_gpu = job.gpus_per_worker > 0
-    resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(job.gpus_per_worker)} if on_gpu else {})
+    on_gpu = trial["gpus"] > 0
+    resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(trial["gpus"])} if on_gpu else {})
     trainer(
         _worker,
         train_loop_config={"trial": trial, "job": job, "mailbox": mailbox},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=300),
+        # NCCL takes memory of the GPU for every process, and one worker has nobody to talk to
+        torch_config=TorchConfig(backend="nccl" if on_gpu and job.workers > 1 else "gloo", timeout_s=300),
         scaling_config=ray.train.ScalingConfig(num_workers=job.workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             # Stable within an attempt: a worker that died goes on from its last checkpoint. The workers of an earlier
@@ -229,6 +259,7 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
 
 def _worker(config: dict[str, Any]) -> None:
     """The loop in one Ray Train worker. Rank 0 mails; all ranks report, because reporting is a barrier."""
+    import ray
     import ray.train
     import ray.train.torch
 
@@ -259,14 +290,20 @@ def _worker(config: dict[str, Any]) -> None:
             ray.train.report(dict(epoch.metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
         return True
 
-    result = _run_loop(
-        trial["run"],
-        job,
-        report=report,
-        device=str(ray.train.torch.get_device()),
-        workers=workers,
-        state=state,
-    )
+    try:
+        result = _run_loop(
+            trial["run"],
+            job,
+            report=report,
+            device=str(ray.train.torch.get_device()),
+            workers=workers,
+            state=state,
+        )
+    except Exception as error:
+        if workers.size > 1 or not ran_out_of_gpu(error):  # others wait for this one: Ray Train has to end them
+            raise
+        ray.get(mailbox.put.remote(_failure(error, trial)))  # here, before Ray Train tries the same again
+        return
     if workers.rank == 0:
         _mail_result(trial, result, mailbox)
 

@@ -8,36 +8,50 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cactus_ray.cluster.broker import Broker, Cut, Job, Lost, Start
 from cactus_ray.cluster.verifier import ChunkFailure, Verifier, VerifierContext
-from cactus_ray.search.chunks import ChunkResult
+from cactus_ray.search.chunks import Chunk, ChunkResult
 
 Outcome = ChunkResult | ChunkFailure | Lost | Cut
+SPARED = "spared"
+"""Why a chunk was cut that nobody needs any more."""
 
 
 class VerifierPool:
     """One verifier actor for every slot of the broker. Made and used by the driver alone.
 
-    ``read``: the bytes of a trial's network. ``poll`` belongs to one thread; any may submit and drop.
+    ``read``: the bytes of a trial's network. ``nodes``: the id of each slot's node, as it was planned; where that node
+    is gone, another one is taken. ``still_worth``: the levels of a chunk that are to be verified as it is handed out.
+    ``poll`` belongs to one thread; any may submit and drop.
     """
 
     def __init__(
-        self, context: VerifierContext, broker: Broker, resources: Mapping[str, float], read: Callable[[str], bytes]
-    ) -> None:
+        self, context: VerifierContext, broker: Broker, resources: Mapping[str, float], read: Callable[[str], bytes],
+        nodes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.context, self.broker, self.resources, self.read = context, broker, dict(resources), read
+        self.still_worth: Callable[[Chunk], tuple[str, ...]] = lambda chunk: chunk.levels
+        self.nodes = dict(zip(broker.slots, nodes, strict=False))
         self.lock = threading.Lock()
         self.networks: dict[str, ray.ObjectRef] = {}
         self.futures: dict[ray.ObjectRef, str] = {}
-        self.actors = {slot: self._start() for slot in broker.slots}
+        self.actors = {slot: self._start(slot) for slot in broker.slots}
 
-    def _start(self) -> Any:
-        cpus, gpus = self.resources.get("CPU", 1.0), self.resources.get("GPU", 0.0)
-        return ray.remote(Verifier).options(num_cpus=cpus, num_gpus=gpus).remote(self.context)
+    def _start(self, slot: str) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": self.resources.get("CPU", 1.0),
+            "num_gpus": self.resources.get("GPU", 0.0),
+        }
+        if node := self.nodes.get(slot):
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=True)
+        return ray.remote(Verifier).options(**options).remote(self.context)
 
     def submit(self, job: Job) -> None:
         """Queue the chunks of one trained network."""
@@ -51,8 +65,8 @@ class VerifierPool:
 
     def poll(self, timeout: float) -> list[Outcome]:
         """Hand out what waits, wait at most ``timeout`` seconds, and return what has happened."""
+        starts, cuts = self._assign()
         with self.lock:
-            starts, cuts = self.broker.assign(time.monotonic())
             needed = self.broker.networks
         for start in starts:
             self._send(start)
@@ -65,6 +79,26 @@ class VerifierPool:
         found: list[Outcome] = [*cuts, *(self._collect(future) for future in ready)]
         found += [self._lost(slot, "verifier_hung") for slot in self.broker.hung(time.monotonic())]
         return found
+
+    def _assign(self) -> tuple[list[Start], list[Cut]]:
+        """What is to be started now, and what nobody will do: each chunk is asked for again before it is handed out."""
+        starts: list[Start] = []
+        cuts: list[Cut] = []
+        while True:
+            with self.lock:
+                found, over = self.broker.assign(time.monotonic())
+            cuts += over
+            kept = {start: self.still_worth(start.chunk) for start in found}  # not under the lock: it has its own
+            starts += [
+                replace(start, chunk=replace(start.chunk, levels=levels)) for start, levels in kept.items() if levels
+            ]
+            idle = [start for start, levels in kept.items() if not levels]
+            if not idle:
+                return starts, cuts
+            with self.lock:
+                for start in idle:
+                    self.broker.done(start.slot, 0.0)
+                    cuts.append(Cut(start.chunk, SPARED))
 
     def _send(self, start: Start) -> None:
         trial = start.chunk.trial
@@ -88,7 +122,7 @@ class VerifierPool:
             lost = self.broker.lost(slot, reason, time.monotonic())
         self.networks.pop(lost.chunk.trial, None)  # it may have been on the lost node
         ray.kill(self.actors[slot])
-        self.actors[slot] = self._start()
+        self.actors[slot] = self._start(slot)
         return lost
 
     def close(self) -> None:

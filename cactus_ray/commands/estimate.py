@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cactus_ray.cluster.connect import connected, node_shapes
+from cactus_ray.cluster.driver import DriverOptions
+from cactus_ray.cluster.packing import Packing, dearest, decided, measured, packed, profile
 from cactus_ray.cluster.resources import Plan, plan
 from cactus_ray.cluster.verifier import ChunkFailure, Verifier, VerifierContext
 from cactus_ray.config import RunConfig
@@ -23,6 +25,7 @@ from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
 from cactus_ray.models.network import Network, pack
 from cactus_ray.report.figures import duration_text, size_text
+from cactus_ray.report.tables import packing_text
 from cactus_ray.search.chunks import CHEAP, DEAR_BOUNDS, Chunk
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space, parse_space
@@ -32,8 +35,11 @@ from cactus_ray.training.run import start
 from cactus_ray.training.workers import Alone
 
 DRAWS, TURNS, STEPS = 3, 3, 2
-VERIFIED = 8
-ROW_BYTES, EPOCH_BYTES, EVENT_BYTES, PAGE_BYTES = 64, 320, 2_000, 6_000_000
+FEW, ENOUGH_SECONDS = 8, 20.0
+"""Samples that are verified first; a whole task of a verifier only if by these it takes no longer than this."""
+START_SECONDS, TRIAL_SECONDS = 8.0, {"direct": 0.5, "train": 8.0}
+"""Of Ray and the first actors, and between trials: two quiet cores, as ``bench_estimate.py`` and a first use found."""
+ROW_BYTES, EPOCH_BYTES, EVENT_BYTES, PAGE_BYTES = 64, 320, 2_000, 5_000_000
 """Bytes of a verdict's row, of an epoch's line and of a trial's other lines in ``trials.jsonl``; of ``report.html``."""
 ON_FRONT = 20
 """Networks that are taken to be on the front at once; the others are not kept."""
@@ -43,8 +49,8 @@ STATE_NETWORKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Seconds and bytes. ``training``: of one trial, by method; ``verification``: of one trial by one verifier, on an
-    untrained network and without dear bounds; ``study``: of all trials at the planned concurrency."""
+    """Seconds and bytes. ``training``: of one trial, by method; ``verification``: of one trial by one verifier, as an
+    untrained network takes and without dear bounds; ``study``: of all trials at the planned concurrency."""
 
     trials: int
     training: dict[str, Spread]
@@ -55,11 +61,12 @@ class Estimate:
     study: Spread
     disk_bytes: int
     free_bytes: int
+    packing: Packing | None
 
 
-def estimate(space: Space, data: DataSet, untrained: Network, run: Path, address: str | None) -> Estimate:
+def estimate(space: Space, data: DataSet, untrained: Network, run: Path, driver: DriverOptions) -> Estimate:
     """Profile the space on this machine. UserError where not even one trial fits the cluster."""
-    shares = _shares(space, address)
+    shares, packing = _shares(space, driver)
     torch.set_num_threads(space.resources.threads)
     training = {method: _training(configs, data, space) for method, configs in _drawn(space).items()}
     verification = _verification(space, untrained)
@@ -67,7 +74,7 @@ def estimate(space: Space, data: DataSet, untrained: Network, run: Path, address
     return Estimate(
         trials, training, verification, space.verification.bound in DEAR_BOUNDS, shares.training, shares.verifiers,
         _study(list(training.values()), verification, trials, shares),
-        disk_bytes(space, data, untrained), free_bytes(run),
+        disk_bytes(space, data, untrained), free_bytes(run), packing,
     )  # fmt: skip
 
 
@@ -113,15 +120,18 @@ def print_estimate(console: Console, found: Estimate, *, as_json: bool) -> None:
         table.add_row(method, *(duration_text(s) for s in (spread.median, spread.low, spread.high)))
     console.print(table)
     study = found.study
+    if found.packing is not None:
+        text = packing_text({"event": "packing", **found.packing.to_dict()})
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     dear = "; alpha and branch come on top" if found.dear else ""
     for line in (
-        f"verification of a trial: at least {duration_text(found.verification)} of a verifier (an untrained network; "
-        f"trained ones leave more to the bounds{dear})",
+        f"verification of a trial: about {duration_text(found.verification)} of a verifier (as an untrained network "
+        f"takes{dear})",
         f"study: {found.trials} trials, {found.at_once} training at once beside {found.verifiers} verifier(s): about "
         f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})",
         f"disk: about {size_text(found.disk_bytes)}B of {size_text(found.free_bytes)}B free",
-        f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each at the final radius; without the "
-        "start of Ray and of trials, and as if trials did not slow each other down",
+        f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each at the final radius; as if trials "
+        "and verifiers did not slow each other down",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -129,11 +139,19 @@ def print_estimate(console: Console, found: Estimate, *, as_json: bool) -> None:
 # --- what is measured ----------------------------------------------------------------------------------------------
 
 
-def _shares(space: Space, address: str | None) -> Plan:
-    if address is not None:
-        with connected(address) as available:
-            return plan(space, available, node_shapes())
-    return plan(space, {"CPU": float(max(os.cpu_count() or 1, 2)), "GPU": float(torch.cuda.device_count())})
+def _shares(space: Space, driver: DriverOptions) -> tuple[Plan, Packing | None]:
+    if driver.address is not None:
+        with connected(driver.address) as available:
+            nodes = list(node_shapes().values())
+            packing = decided(space, None, lambda: profile(space, driver.trust_code, available, nodes))
+            return plan(_packed(space, packing), available, nodes), packing
+    packing = decided(space, None, lambda: measured(dearest(space), space.data, driver.trust_code))
+    available = {"CPU": float(max(os.cpu_count() or 1, 2)), "GPU": float(torch.cuda.device_count())}
+    return plan(_packed(space, packing), available), packing
+
+
+def _packed(space: Space, packing: Packing | None) -> Space:
+    return space if packing is None else packed(space, packing.per_gpu)
 
 
 def _drawn(space: Space) -> dict[str, list[RunConfig]]:
@@ -172,23 +190,31 @@ def _verification(space: Space, untrained: Network) -> float:
     """Seconds of a verifier for the cheap stage of a trial, all levels, from a few samples of an untrained network."""
     indices = subset(len(load(space.data, ("selection",)).labels["selection"]), None).tolist()
     wanted = len(indices) if not isinstance(space.samples, int) else min(space.samples, len(indices))
-    chosen = tuple(indices[:: max(len(indices) // VERIFIED, 1)][:VERIFIED])
     on_gpu = space.resources.gpus_per_verifier > 0
     verifier = Verifier(VerifierContext(space.data, space.threat, space.verification, space.resources.threads, on_gpu))
-    found = verifier.verify(Chunk("dry", "dry", CHEAP, tuple(space.levels), chosen), pack(untrained))
-    if isinstance(found, ChunkFailure):
-        raise UserError(f"the dry run could not verify an untrained network: {found.error}")
-    made = found.ledger.get("overhead", 0.0)  # the levels' networks are made once per trial
-    return made + (found.seconds - made) * wanted / len(chosen)
+    network = pack(untrained)
+
+    def seconds(size: int) -> float:
+        chosen = tuple(indices[:: max(len(indices) // size, 1)][:size])
+        found = verifier.verify(Chunk("dry", "dry", CHEAP, tuple(space.levels), chosen), network)
+        if isinstance(found, ChunkFailure):
+            raise UserError(f"the dry run could not verify an untrained network: {found.error}")
+        made = found.ledger.get("overhead", 0.0)  # the levels' networks are made once per trial
+        return made + (found.seconds - made) * wanted / len(chosen)
+
+    few = seconds(min(FEW, wanted))
+    task = min(space.resources.cheap_samples, wanted)  # samples of a task share their passes: a few are dearer each
+    return seconds(task) if few * task / wanted <= ENOUGH_SECONDS else few
 
 
 def _study(training: Sequence[Spread], verification: float, trials: int, shares: Plan) -> Spread:
     """Seconds of a study that draws every method alike: trials train and are verified side by side."""
 
     def total(train: float) -> float:
+        train += TRIAL_SECONDS[shares.execution]
         rounds = max(trials / shares.training, 1.0)
         checks = max(trials / shares.verifiers, 1.0)
-        return max(rounds * train + verification, train + checks * verification)
+        return START_SECONDS + max(rounds * train + verification, train + checks * verification)
 
     return Spread(
         total(sum(s.median for s in training) / len(training)),

@@ -108,7 +108,7 @@ def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
 def dry_run(console: Console, space: Space, options: SearchOptions, *, as_json: bool) -> None:
     """Print what the study would cost; nothing is written."""
     data, untrained = prepared(space, options)
-    found = estimate(space, data, untrained, options.run, options.driver.address)
+    found = estimate(space, data, untrained, options.run, options.driver)
     print_estimate(console, found, as_json=as_json)
 
 

@@ -22,8 +22,9 @@ from cactus_ray.compression.stored import EXACT, Factored, Stored
 ROUNDS = 4
 BISECTIONS = 14
 CANDIDATES, TURNS = 3, 10
-LARGEST = 2047
-"""Largest code of parts without a number format, as float16 holds all whole numbers up to 2048."""
+PART_BITS = 12
+"""Bits of parts without a number format: their codes end where float16 holds all whole numbers, at 2048."""
+LARGEST = 2 ** (PART_BITS - 1) - 1
 LARGEST_MULTIPLE = 2048
 SMALLEST_SCALE = 2.0**-100
 

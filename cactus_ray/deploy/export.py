@@ -101,7 +101,7 @@ def pick(
     """
     refuse_foreign(out)
     records = read_records(run)
-    choice = choose(_at_hand(run, records, requirements), requirements)
+    choice = choose(*_at_hand(run, records, requirements))
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
     around = None if family is None else family(level)
     config = parse(RunConfig, trial.config)
@@ -150,11 +150,14 @@ def selection_figures(point: Point) -> doc.Summary:
     return doc.figures(samples, correct, int(point["n_certified"]), int(point["n_falsified"]))
 
 
-def _at_hand(run: Path, records: Records, requirements: Requirements) -> list[Point]:
-    """The points to choose from: those whose networks were kept, unless a trial is named or none was."""
+def _at_hand(run: Path, records: Records, requirements: Requirements) -> tuple[list[Point], Requirements, list[Point]]:
+    """The points to choose from, those whose network was kept (all where a trial is named or none was); the others."""
     points: list[Point] = list(records.points())
     kept = {t.id for t in records.trials.values() if t.checkpoint and (run / t.checkpoint).is_file()}
-    return points if requirements.trial else [p for p in points if p["trial"] in kept] or points
+    here = [p for p in points if p["trial"] in kept]
+    if requirements.trial or not here:
+        return points, requirements, []
+    return here, requirements, [p for p in points if p["trial"] not in kept]
 
 
 def _checkpoint(run: Path, trial: TrialRecord) -> Network:

@@ -37,7 +37,8 @@ class Choice:
 
     ``binding``: the requirement without which the preferred figure would gain most; None where no requirement limits
     it. ``slacks``: per requirement, the distance to its limit relative to the limit (>= 0). ``relaxations``: what one
-    step of each requirement buys; a requirement that buys nothing is absent.
+    step of each requirement buys; a requirement that buys nothing is absent. ``gone``: points whose network was not
+    kept, so that they were not considered, and ``gone_feasible`` of these meet every requirement.
     """
 
     point: Point
@@ -47,13 +48,16 @@ class Choice:
     binding: str | None
     slacks: dict[str, float]
     relaxations: tuple[Relaxation, ...]
+    gone: int = 0
+    gone_feasible: int = 0
 
     def lines(self) -> list[str]:
         """The explanation, one sentence each."""
         preferred = PREFERENCES[self.requirements.prefer][0]
         found = [
             f"chosen: {describe(self.point)}",
-            f"{self.feasible} of {self.considered} points meet every requirement; "
+            f"{self.feasible} of {self.considered} points {'whose network was kept ' if self.gone else ''}meet every "
+            f"requirement{f' ({self.gone_feasible} of the {self.gone} others would)' if self.gone else ''}; "
             f"this one has the best {_WORDS[preferred]} (on the selection split)",
         ]
         if self.binding is not None:
@@ -75,7 +79,8 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         return {
             "point": dict(self.point), "requirements": self.requirements.to_json(), "considered": self.considered,
-            "feasible": self.feasible, "binding": self.binding, "slacks": self.slacks,
+            "feasible": self.feasible, "gone": self.gone, "gone_feasible": self.gone_feasible,
+            "binding": self.binding, "slacks": self.slacks,
             "relaxations": [
                 {"requirement": r.key, "value": r.value, "gain": r.gain, "point": dict(r.point)}
                 for r in self.relaxations
@@ -125,11 +130,12 @@ class NothingFits(UserError):  # noqa: N818  # an answer, not a fault
         }  # fmt: skip
 
 
-def choose(points: Iterable[Point], requirements: Requirements) -> Choice:
+def choose(points: Iterable[Point], requirements: Requirements, gone: Sequence[Point] = ()) -> Choice:
     """The best point by ``requirements.prefer`` among those that meet every requirement. Deterministic.
 
-    ``points``: rows of points.csv of complete trials; those of another split than selection are left out. Raises
-    NothingFits, and UserError for a trial or a level that the run does not have.
+    ``points``: rows of points.csv of complete trials; those of another split than selection are left out. ``gone``: the
+    same without a network, which are only counted. Raises NothingFits, and UserError for a trial or a level that the
+    run does not have.
     """
     candidates = _candidates(list(points), requirements)
     limits = requirements.limits()
@@ -149,7 +155,11 @@ def choose(points: Iterable[Point], requirements: Requirements) -> Choice:
         relaxations.append(Relaxation(key, step[COLUMNS[key]], step, _gain(preferred, step, best)))
     slacks = {key: abs(violation(key, limit, best)) for key, limit in limits.items()}
     binding = max(gains, key=lambda k: (gains[k], -slacks[k])) if gains else None
-    return Choice(best, requirements, len(candidates), len(fitting), binding, slacks, tuple(relaxations))
+    others = [p for p in gone if requirements.level in (None, p["level"])]
+    return Choice(
+        best, requirements, len(candidates), len(fitting), binding, slacks, tuple(relaxations),
+        len(others), len(_meeting(others, limits)),
+    )  # fmt: skip
 
 
 def describe(point: Point) -> str:

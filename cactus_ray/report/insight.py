@@ -79,7 +79,10 @@ def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
                 )  # fmt: skip
                 shown = True
     for row, parameter in enumerate(parameters, 1):
-        axis = {"type": "category"} if isinstance(parameter.domain, Choices) else {}
+        axis: dict[str, Any] = {}
+        if isinstance(parameter.domain, Choices):
+            order = [_shown(parameter, value) for value in _in_order(parameter.domain)]
+            axis = {"type": "category", "categoryorder": "array", "categoryarray": order}
         axis |= {"type": "log"} if not isinstance(parameter.domain, Choices) and parameter.domain.log else {}
         for column, objective in enumerate(objectives, 1):
             figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=column)
@@ -141,7 +144,7 @@ def _dimension(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
     where a trial was not asked for a number, the line runs below the axis."""
     label, domain = safe(parameter.name), parameter.domain
     if isinstance(domain, Choices):
-        names = [value_text(list(v) if isinstance(v, tuple) else v) for v in domain.values]
+        names = [value_text(list(v) if isinstance(v, tuple) else v) for v in _in_order(domain)]
         texts = [NOT_ASKED if v is None else value_text(v) for v in values]
         names += [NOT_ASKED] if NOT_ASKED in texts else []
         ticks = {"tickvals": list(range(len(names))), "ticktext": [safe(name) for name in names]}
@@ -155,6 +158,12 @@ def _dimension(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
     if None in values:
         ticks_at, texts = [absent, *ticks_at], [NOT_ASKED, *texts]
     return {"label": label, "values": numbers, "tickvals": ticks_at, "ticktext": texts}
+
+
+def _in_order(domain: Choices) -> Sequence[Any]:
+    """Choices as an axis shows them: numbers by size, everything else as written."""
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in domain.values)
+    return sorted(domain.values) if numbers else domain.values
 
 
 def _scaled(value: float, log: bool) -> float:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cactus_ray.report.figures import duration_text, size_text
-from cactus_ray.report.tables import parameters_text
+from cactus_ray.report.tables import packing_text, parameters_text
 from cactus_ray.search.pareto import Front
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
@@ -106,6 +106,13 @@ class StudyProgress:
             self._say(f"  {note}")
         for row in event["skipped"]:
             self._say(f"  left out {row['trial']}: {row['why']}")
+
+    def _on_packing(self, event: Mapping[str, Any]) -> None:
+        self._say(packing_text(event))
+
+    def _on_oom(self, event: Mapping[str, Any]) -> None:
+        self.open.pop(event["trial"], None)
+        self._say(f"{event['trial']} {packing_text(event)}")
 
     def _on_epoch(self, event: Mapping[str, Any]) -> None:
         trial = self.open.setdefault(event["trial"], _Trial())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.report.figures import Point, duration_text, size_text, upper_end
-from cactus_ray.search.budget import cpu_seconds, gpu_seconds, train_seconds
+from cactus_ray.search.budget import cpu_seconds, gpu_seconds, train_seconds, training_on_gpus
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import knee
 from cactus_ray.search.space import Space
@@ -171,10 +171,25 @@ def seconds_by_trial(records: Records) -> dict[str, tuple[float, float]]:
 
 def spent_hours(space: Space, records: Records) -> dict[str, float]:
     """Hours that drivers worked, and hours of CPUs and GPUs as they were asked for; what limits are held against."""
-    pairs = seconds_by_trial(records).values()
-    train, verify = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-    cpu, gpu = (spent(space.resources, train, verify) / 3600 for spent in (cpu_seconds, gpu_seconds))
-    return {"of work": sum(records.drivers) / 3600, "of CPUs": cpu, "of GPUs": gpu}
+    pairs = seconds_by_trial(records)
+    training, verify = {trial: pair[0] for trial, pair in pairs.items()}, sum(pair[1] for pair in pairs.values())
+    gpus = {trial.id: trial.gpus for trial in records.trials.values() if trial.gpus is not None}
+    cpu = cpu_seconds(space.resources, sum(training.values()), verify)
+    gpu = gpu_seconds(space.resources, training_on_gpus(space.resources, training, gpus), verify)
+    return {"of work": sum(records.drivers) / 3600, "of CPUs": cpu / 3600, "of GPUs": gpu / 3600}
+
+
+def packing_text(event: Mapping[str, Any]) -> str:
+    """How many trials share a GPU, and why, from the record that says so."""
+    number = event["trials_per_gpu"]
+    if event["event"] == "oom":
+        used = f" after {size_text(event['peak'])}B" if "peak" in event else ""
+        return f"ran out of GPU memory{used} and is queued again; from here on at most {number} trial(s) per GPU"
+    text = f"{number} trial(s) per GPU ({event['why']}"
+    if profile := event.get("profile"):
+        needed = f"{size_text(profile['held'])}B and {size_text(profile['context'])}B for CUDA"
+        text += f": a trial needs {needed} of {size_text(profile['total'])}B, {profile['device']}"
+    return f"{text})"
 
 
 def ledger_text(ledger: Mapping[str, float]) -> str:

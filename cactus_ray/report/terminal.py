@@ -15,7 +15,7 @@ from rich.text import Text
 
 from cactus_ray.report.figures import Point, size_text, upper_end
 from cactus_ray.report.progress import StudyProgress
-from cactus_ray.report.tables import ledger_text, seconds_by_trial, spent_hours
+from cactus_ray.report.tables import ledger_text, packing_text, seconds_by_trial, spent_hours
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, TrialRecord, with_front
 from cactus_ray.verification.verdict import wilson
@@ -84,7 +84,7 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
     if as_json:
         trials = [_trial_json(space, trial) for trial in records.trials.values()]
         asked = {"run": str(run), "asked": space.search.trials, **counts, "verifier_seconds": records.ledger()}
-        asked |= {"hours": spent_hours(space, records)}
+        asked |= {"hours": spent_hours(space, records), "packing": records.packing}
         _print_json(console, {**asked, "records": to_json(trials)})
         return
     console.print(status_table(records))
@@ -95,6 +95,9 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
     hours = ", ".join(f"{value:.3g} {kind}" for kind, value in spent_hours(space, records).items() if value > 0)
     if hours:
         console.print(f"hours: {hours}", highlight=False, markup=False)
+    if records.packing:
+        packing = records.packing
+        console.print(f"{packing.get('trial', '')} {packing_text(packing)}".strip(), highlight=False, markup=False)
     if stages := ledger_text(records.ledger()):
         console.print(f"verifiers: {stages}", highlight=False, markup=False)
     if records.damaged_lines:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.report.figures import front_figure, upper_end
+from cactus_ray.search.objectives import Constraint, feasible
 from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.store import read_records
 
@@ -90,6 +91,8 @@ class Tracker:
         self.log = _log(self.run)
         self.calls = _Calls(self.log)
         self.points: list[dict[str, Any]] = []
+        self.constraints = [Constraint(**c) for c in self.space.get("constraints", [])]
+        self.broken: set[str] = set()
         self.ended: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.reference: dict[str, float] = {}
@@ -127,6 +130,9 @@ class Tracker:
         records = read_records(self.run, verdicts=False)
         self.reference = dict(records.study.get("reference_point", {}))
         self.points = list(records.points())
+        for trial in records.trials.values():
+            if trial.status == "completed":
+                self._check(trial.id, trial.metrics)
         self.configs = {trial.id: trial.config for trial in records.trials.values()}
         self.ended = {trial.id: trial.status for trial in records.trials.values() if trial.status in ENDS}
         begun = f"{self.space.get('name')} {records.study.get('time')}"
@@ -188,9 +194,15 @@ class Tracker:
     def _on_completed(self, event: Mapping[str, Any]) -> None:
         if not any(p["trial"] == event["trial"] for p in self.points):  # the records may have had them already
             self.points += [dict(point) for point in event["points"]]
+        self._check(str(event["trial"]), event["metrics"])
         self._end(event, {**_finite(event["metrics"]), "status": "completed"}, 0)
         volume = relative_hypervolume(self.points, self.space["front"], self.reference)
         self.runs["study"].log({"hypervolume": volume, **self._figures(), **self._numbers()})
+
+    def _check(self, trial: str, metrics: Mapping[str, float]) -> None:
+        """Mark a complete trial that does not meet every constraint."""
+        if any(violation > 0 for violation in feasible(metrics, self.constraints).values()):
+            self.broken.add(trial)
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
         self._end(event, {"status": "failed", "error": str(event["error"]), "step": event.get("step")}, 1)
@@ -223,7 +235,7 @@ class Tracker:
         front = non_dominated(self.points, self.space["front"])
         points = [{**p, "on_front": on} for p, on in zip(self.points, front, strict=True)]
         rows = [{**p, "certified_accuracy_upper": upper_end(p)} for p in points]
-        figure = front_figure(points, self.space["threat"]["epsilon"])
+        figure = front_figure(points, self.space["threat"]["epsilon"], self.broken)
         table = wandb.Table(columns=list(COLUMNS), data=[[row.get(column) for column in COLUMNS] for row in rows])
         return {"points": table, "front": wandb.Plotly(figure)}
 

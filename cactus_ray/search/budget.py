@@ -46,6 +46,8 @@ class Budget:
         self.work = copy.deepcopy(records.work)
         self.training = {trial.id: train_seconds(trial) for trial in records.trials.values()}
         self.trained = sum(self.training.values())
+        self.gpus = {trial.id: trial.gpus for trial in records.trials.values() if trial.gpus is not None}
+        self.on_gpus = training_on_gpus(self.resources, self.training, self.gpus)
         self.verifying = sum(records.ledger().values())
         self.plateau = Plateau(space.front, space.search.plateau_gain)
         self.plateau.reference = records.study.get("reference_point", {})
@@ -56,6 +58,8 @@ class Budget:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take up one event of the study."""
+        if event["event"] == "epoch" and "gpus" in event:
+            self.gpus[event["trial"]] = float(event["gpus"])
         for trial, seconds in self.work.event(event).items():
             self._train(trial, seconds)
         match event["event"]:
@@ -76,6 +80,7 @@ class Budget:
     def _train(self, trial: str, seconds: float) -> None:
         self.training[trial] = self.training.get(trial, 0.0) + seconds
         self.trained += seconds
+        self.on_gpus += training_on_gpus(self.resources, {trial: seconds}, self.gpus)
 
     @property
     def hours(self) -> float:
@@ -85,7 +90,7 @@ class Budget:
     @property
     def gpu_hours(self) -> float:
         """Hours of GPUs: those of the workers while they trained, those of the verifiers while they verified."""
-        return gpu_seconds(self.resources, self.trained, self.verifying) / 3600
+        return gpu_seconds(self.resources, self.on_gpus, self.verifying) / 3600
 
     def over(self) -> str | None:
         """Why everything must end now, with what is in flight left for a later driver; None as long as it may go on."""
@@ -112,9 +117,16 @@ def train_seconds(trial: TrialRecord) -> float:
     return max(trial.train_seconds or 0.0, trial.worked)
 
 
+def training_on_gpus(resources: ResourceSettings, training: Mapping[str, float], gpus: Mapping[str, float]) -> float:
+    """Seconds of GPUs of trials that trained for so many seconds each. ``gpus``: of a worker, where it is known; trials
+    that share a GPU have a part of what ``resources`` say."""
+    each = resources.gpus_per_worker
+    return sum(seconds * resources.workers * gpus.get(trial, each) for trial, seconds in training.items())
+
+
 def gpu_seconds(resources: ResourceSettings, training: float, verifying: float) -> float:
-    """Seconds of GPUs of so many seconds of trials that train and of verifiers that work."""
-    return training * resources.workers * resources.gpus_per_worker + verifying * resources.gpus_per_verifier
+    """Seconds of GPUs of so many of training (``training_on_gpus``) and so many seconds of verifiers that work."""
+    return training + verifying * resources.gpus_per_verifier
 
 
 def cpu_seconds(resources: ResourceSettings, training: float, verifying: float) -> float:

@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 EVENTS = (
     "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
-    "finished", "driver", "past", "begun", "died", "alive",
+    "finished", "driver", "past", "begun", "died", "alive", "packing", "oom",
 )  # fmt: skip
 BLOCK = 256
 _VERDICTS = b'{"event":"verdicts","trial":"'
@@ -48,7 +48,8 @@ class TrialRecord:
     many verifiers it was lost with; ``rungs``: what was decided about it, rung by rung; ``spared``: level ->
     [trial, level] of the point that beats all that dear verification could have brought; ``epoch_cost``: of an
     epoch for halving, in epochs of the study's reference; ``worked``: seconds of training in all (``search.work``);
-    ``deaths``: furthest epoch -> how often the process that trained it died before the next one.
+    ``deaths``: furthest epoch -> how often the process that trained it died before the next one; ``gpus``: GPUs of a
+    worker that it last trained on, where it had any; ``lacks``: how often it ran out of their memory beside others.
     """
 
     id: str
@@ -80,6 +81,8 @@ class TrialRecord:
     ended: float | None = None
     origin: str = "sampler"
     note: str | None = None
+    gpus: float | None = None
+    lacks: int = 0
 
 
 @dataclass(slots=True)
@@ -87,7 +90,8 @@ class Records:
     """All records of a run, in the order of the file. ``damaged_lines``: lines that could not be read.
 
     ``past``: what was taken from other studies. ``drivers``: seconds between the first and the last event of each
-    driver, or as many as it said it worked: time in which none worked is in none of them.
+    driver, or as many as it said it worked: time in which none worked is in none of them. ``packing``: how many trials
+    share a GPU now, and why (``trials_per_gpu``); ``lowered``: to how many a lack of memory brought it down, if any.
     """
 
     study: dict[str, Any] = field(default_factory=dict)
@@ -96,6 +100,8 @@ class Records:
     damaged_lines: int = 0
     past: list[dict[str, Any]] = field(default_factory=list)
     drivers: list[float] = field(default_factory=list)
+    packing: dict[str, Any] = field(default_factory=dict)
+    lowered: int | None = None
     _begun: float | None = field(default=None, repr=False, compare=False)
     work: Work = field(default_factory=Work, repr=False, compare=False)
 
@@ -197,6 +203,8 @@ def _apply(records: Records, event: dict[str, Any], file: Path) -> bool:
         if kind == "past":
             records.past.append(event)
             return isinstance(event.get("trials"), list)
+        if kind in ("packing", "oom"):
+            return _packing(records, event)
         if kind == "started":
             return _start(records, event)
         trial = records.trials.get(event.get("trial", ""))
@@ -223,6 +231,22 @@ def _clock(records: Records, event: Mapping[str, Any]) -> None:
             records.drivers[-1] = max(records.drivers[-1], float(event["seconds"]))
 
 
+def _packing(records: Records, event: dict[str, Any]) -> bool:
+    """How many trials share a GPU from here on; "oom" because one of them, which is queued again, ran out of memory."""
+    number = event.get("trials_per_gpu")
+    if (
+        not isinstance(number, int)
+        or number < 1
+        or (event["event"] == "oom" and event.get("trial") not in records.trials)
+    ):
+        return False
+    records.packing = event
+    if event["event"] == "oom":
+        records.lowered = number
+        records.trials[event["trial"]].lacks += 1
+    return True
+
+
 def _start(records: Records, event: dict[str, Any]) -> bool:
     trial, number = event.get("trial"), event.get("number")
     if not isinstance(trial, str) or not isinstance(number, int):
@@ -235,6 +259,7 @@ def _start(records: Records, event: dict[str, Any]) -> bool:
 
 def _epoch(trial: TrialRecord, event: dict[str, Any]) -> bool:
     trial.epochs = [e for e in trial.epochs if e.get("epoch") != event.get("epoch")] + [event]
+    trial.gpus = event.get("gpus", trial.gpus)
     return True
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cactus_ray.compression.factorize import PART_BITS
 from cactus_ray.compression.levels import parse_level
 from cactus_ray.compression.size import macs
 from cactus_ray.config import RunConfig
@@ -35,7 +36,7 @@ def nominal_bits(text: str) -> float:
     """Bits per weight of a level by its text alone: 32 for ``dense``, 0.8 for ``prune:gu-l1:0.9+int8``."""
     level = parse_level(text)
     kept = 1.0 - (level.sparsity or 0.0) if level.kept is None else level.kept
-    whole = 32 if level.kept is None else 12  # of a part without a format
+    whole = 32 if level.kept is None else PART_BITS
     whole = 16 if level.quantise in ("fp16", "bf16") else whole
     return (kept**2 if level.structured else kept) * (level.bits or whole)
 

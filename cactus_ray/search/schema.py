@@ -79,8 +79,14 @@ def _section(kind: type) -> Schema:
         if is_dataclass(inner := typing.get_type_hints(kind)[spec.name]):
             keys[spec.name] = _section(typing.cast(type, inner))
     plain = ((name, key) for name, key in leaf_keys(kind) if "." not in name)
-    keys |= {name: _or_null(_value(key)) | {"description": key.metadata["doc"]} for name, key in plain}
+    keys |= {name: _open(key) | {"description": key.metadata["doc"]} for name, key in plain}
     return _object(keys) | {"description": (kind.__doc__ or "").split("\n")[0]}
+
+
+def _open(key: Key) -> Schema:
+    """A value of a key, null, or the word that stands for null."""
+    value = _or_null(_value(key))
+    return {"anyOf": [{"const": key.metadata["word"]}, value]} if "word" in key.metadata else value
 
 
 def _or_null(value: Schema) -> Schema:

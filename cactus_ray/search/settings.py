@@ -78,6 +78,10 @@ class ResourceSettings:
     workers: int = setting(1, doc="training workers of a trial", minimum=1)
     cpus_per_worker: float = setting(1.0, doc="CPUs of a worker", exclusive_minimum=0.0)
     gpus_per_worker: float = setting(0.0, doc="GPUs of a worker; a part of one lets trials share it", minimum=0.0)
+    trials_per_gpu: int | None = setting(
+        None, word="auto", doc="trials that share a GPU; auto: as many as its memory has room for, and 4 at most",
+        minimum=1,
+    )  # fmt: skip
     verifiers: int = setting(1, doc="verifier actors", minimum=1)
     cpus_per_verifier: float = setting(1.0, doc="CPUs of a verifier", exclusive_minimum=0.0)
     gpus_per_verifier: float = setting(0.0, doc="GPUs of a verifier; a part of one lets several share it", minimum=0.0)
@@ -114,6 +118,9 @@ class ResourceSettings:
             gpus: float = getattr(self, key)
             if gpus > 1 and not gpus.is_integer():
                 raise ConfigError(key, gpus, "a part of one GPU, or a whole number of them")
+        if (self.trials_per_gpu or 1) > 1 and (self.workers, self.gpus_per_worker) != (1, 1.0):
+            expected = "auto or 1 unless workers is 1 and gpus_per_worker is 1: they share what one would have alone"
+            raise ConfigError("trials_per_gpu", self.trials_per_gpu, expected)
         if self.execution == "direct" and self.workers > 1:
             raise ConfigError("execution", self.execution, f"auto or train: direct runs one worker, not {self.workers}")
 

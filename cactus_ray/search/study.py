@@ -17,7 +17,17 @@ from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import UserError
 from cactus_ray.search.attempts import DEATHS, Attempts
 from cactus_ray.search.budget import Budget
-from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
+from cactus_ray.search.chunks import (
+    DEAR,
+    DEAR_BOUNDS,
+    Chunk,
+    ChunkResult,
+    LevelResult,
+    Pieces,
+    Verification,
+    Worth,
+    counts,
+)
 from cactus_ray.search.in_flight import forget_state, forget_states, keep_state
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import past_trial
@@ -96,6 +106,7 @@ class Study:
         self.said = time.monotonic()
         self.waiting: list[str] = []
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
+        self.lowered = records.lowered
         self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
         self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
         for trial in records.trials.values():
@@ -216,9 +227,15 @@ class Study:
         if time.monotonic() - self.said >= ALIVE_SECONDS:
             self._emit({"event": "alive"})
 
-    def epoch(self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float]) -> bool:
-        """An epoch of a trial ended; whether the trial goes on. A new decision is recorded with all that led to it."""
-        self._emit({"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+    def epoch(
+        self, trial: str, epoch: int, epochs: int, metrics: Mapping[str, float], gpus: float | None = None
+    ) -> bool:
+        """An epoch of a trial ended; whether the trial goes on. A new decision is recorded with all that led to it.
+
+        ``gpus``: those of a worker, where it has any; trials that share one have a part of it.
+        """
+        ended = {"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}
+        self._emit(ended | ({} if gpus is None else {"gpus": gpus}))
         self.attempts.reach(trial, epoch)
         if (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
             self._emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
@@ -258,7 +275,40 @@ class Study:
     def given_up(self, chunk: Chunk, reason: str, labels: Sequence[int]) -> list[Chunk]:
         """Nobody will verify a chunk: its samples are UNKNOWN for ``reason``. Returns what has to be verified next."""
         state = self.verifying.get(chunk.trial)
-        return self._take(chunk, state.undecided(chunk, reason, labels), {"ledger": {}}) if state else []
+        if state is None:
+            return []
+        levels = tuple(level for level in chunk.levels if level not in state.spared)
+        if not levels:
+            return self.withdrawn(chunk)
+        return self._take(chunk, state.undecided(replace(chunk, levels=levels), reason, labels), {"ledger": {}})
+
+    def packed(self, packing: Mapping[str, Any]) -> None:
+        """Write how many trials share a GPU, and why."""
+        self._emit({"event": "packing", **packing})
+
+    def out_of_memory(self, trial: str, packing: Mapping[str, Any]) -> None:
+        """A trial ran out of a GPU's memory beside others: it is queued again, and fewer share a GPU from here on."""
+        self._emit({"event": "oom", "trial": trial, **packing})
+        self.attempts.lacked(trial)
+        self.training.discard(trial)
+        self.restart.append(self._start(trial, self.numbers[trial], self.configs[trial]))
+
+    def still_worth(self, chunk: Chunk) -> tuple[str, ...]:
+        """The levels of a chunk that are to be verified as it is handed out.
+
+        A dear one may have waited long: levels that a complete trial, or another level, has come to beat are spared.
+        """
+        state = self.verifying.get(chunk.trial)
+        if state is None or chunk.stage != DEAR or self.worth is None:
+            return chunk.levels
+        return tuple(level for level in chunk.levels if self.worth(self._point(chunk.trial, level, state)))
+
+    def withdrawn(self, chunk: Chunk) -> list[Chunk]:
+        """No level of a chunk is worth it any more: what is known stays. Returns what has to be verified next."""
+        state = self.verifying.get(chunk.trial)
+        if state is None or state.open.pop(chunk.id, None) is None:
+            return []
+        return [] if state.open else self._advance(chunk.trial)
 
     def lost(self, chunk: Chunk, reason: str, seconds: float) -> None:
         """A verifier died or hung with a chunk, after so many seconds."""

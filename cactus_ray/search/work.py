@@ -13,7 +13,7 @@ from typing import Any
 
 ALIVE_SECONDS = 30.0
 _ENDS = ("trained", "stopped")
-_BREAKS = ("failed", "died")
+_BREAKS = ("failed", "died", "oom")
 
 
 class Work:

@@ -118,6 +118,7 @@ def measure(
     repeats: int = 9,
     steps: int = 4,
     device: str = "cpu",
+    trust_code: bool = False,
     progress: Callable[[str], object] = lambda text: None,
 ) -> Costs:
     """Time the steps of all cases in turns, ``repeats`` times ``steps`` steps each, next to a plain forward.
@@ -129,7 +130,7 @@ def measure(
     processor's, which other work on the machine disturbs less; otherwise the clock's.
     """
     benches = [
-        _Bench.of(name, config, data, device, number)
+        _Bench.of(name, config, data, device, number, trust_code)
         for name, config in cases
         for number in range(len(STAGES.get(config.method, WHOLE)))
     ]
@@ -168,8 +169,8 @@ class _Bench:
     peak: int = 0
 
     @staticmethod
-    def of(name: str, config: RunConfig, data: DataSet, device: str, stage: int) -> _Bench:
-        run = start(config, data, None, None, Alone(), False, device)
+    def of(name: str, config: RunConfig, data: DataSet, device: str, stage: int, trust_code: bool) -> _Bench:
+        run = start(config, data, None, None, Alone(), trust_code, device)
         for _ in range(stage):
             run.enter_next_stage()
         name = f"{name} {run.stage.name}".rstrip()

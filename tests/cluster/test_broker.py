@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from typing import Any
 
 import pytest
 
 from cactus_ray.cluster.broker import Broker, Cut, Job, Limits, Lost, Start
+from cactus_ray.cluster.verifier_pool import SPARED, VerifierPool
 from cactus_ray.search.chunks import Chunk
 
 
@@ -263,3 +265,23 @@ def test_seconds_lost_with_a_verifier_are_spent(seconds: float) -> None:
     made.lost("v0", "verifier_died", seconds)
     starts, cuts = made.assign(seconds)
     assert (len(starts), len(cuts)) == ((1, 0) if seconds < 1 else (0, 1))
+
+
+# --- what is withdrawn as it is handed out -------------------------------------------------------------------------
+
+
+def test_a_verifier_that_is_free_gets_the_next_chunk_where_one_is_withdrawn() -> None:
+    pool = object.__new__(VerifierPool)  # without actors: Ray is not needed to hand out
+    pool.broker, pool.lock = broker(2), threading.Lock()
+    pool.broker.offer(job(1, "dear", count=3))
+    pool.broker.offer(job(2, "dear", count=1))
+    left: dict[str, tuple[str, ...]] = {"t1/dear/0": (), "t1/dear/1": ("int8",), "t1/dear/2": ()}
+    pool.still_worth = lambda chunk: left.get(chunk.id, chunk.levels)
+    starts, cuts = pool._assign()
+    assert [(s.chunk.id, s.chunk.levels) for s in starts] == [
+        ("t1/dear/1", ("int8",)),
+        ("t2/dear/0", ("dense", "int8")),
+    ]
+    assert [(c.chunk.id, c.reason) for c in cuts] == [("t1/dear/0", SPARED), ("t1/dear/2", SPARED)]
+    assert {s.slot for s in starts} == set(pool.broker.running) == {"v0", "v1"}
+    assert pool.broker.spent.get("t1", 0.0) == 0.0

@@ -1,4 +1,4 @@
-"""What the desk says of trials that wait for their resources, and whose mail it takes. No Ray is started."""
+"""What the desk makes of trials that wait for resources or run out of them, and whose mail it takes. Without Ray."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import ray
 from cactus_ray.cluster import desk as module
 from cactus_ray.cluster.desk import Desk
 from cactus_ray.cluster.mailbox import Mailbox
+from cactus_ray.cluster.packing import loosened, packed
+from cactus_ray.cluster.resources import plan
 from cactus_ray.search.settings import ResourceSettings
+from cactus_ray.search.space import parse_space
 
 
 def test_a_trial_that_does_not_begin_is_named_once_with_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     resources = ResourceSettings(workers=2, cpus_per_worker=2.0)
-    study: Any = SimpleNamespace(space=SimpleNamespace(resources=resources))
-    desk = Desk(study, Any, Any, Any)  # type: ignore[arg-type]
+    shares: Any = SimpleNamespace(resources=resources)
+    desk = Desk(Any, shares, Any, Any)  # type: ignore[arg-type]
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -94,3 +97,29 @@ def test_what_a_dead_trial_held_is_freed_and_only_that(monkeypatch: pytest.Monke
     mail.append(("holds", "t0001#1", {"group": "dd"}))  # of an attempt that was given up before it was heard
     desk.take_mail()
     assert (freed, desk.groups) == (["bb", "dd"], {})
+
+
+def test_trials_that_run_out_together_halve_the_number_once_and_one_that_had_it_all_fails_with_its_peak() -> None:
+    tight = parse_space(
+        {
+            "name": "tight", "data": {"name": "digits"}, "model": {"name": "mlp"}, "threat": {"epsilon": 0.1},
+            "levels": ["dense"], "resources": {"gpus_per_worker": 1, "gpus_per_verifier": 0.25, "trials_per_gpu": 4},
+        }
+    )  # fmt: skip
+    cluster = {"CPU": 8.0, "GPU": 1.0}
+    said: list[Any] = []
+    study: Any = SimpleNamespace(
+        out_of_memory=lambda trial, packing: said.append((trial, packing["trials_per_gpu"], packing["had"])),
+        failed=lambda trial, error: said.append((trial, error)),
+    )
+    desk = Desk(study, plan(packed(tight, 4), cluster), Any, Any, lambda gpus: loosened(tight, gpus, cluster))  # type: ignore[arg-type]
+    for trial in ("t0001", "t0002"):
+        desk._out_of_memory(trial, "CUDA out of memory", 0.25)
+    assert said == [("t0001", 2, 0.25), ("t0002", 2, 0.25)]
+    assert desk.shares.training == 1  # half a GPU beside the verifier's quarter
+    desk._out_of_memory("t0001", "CUDA out of memory", 0.5, 7_500_000_000, 16_000_000_000)
+    assert said[-1] == (
+        "t0001",
+        "out of memory after 7.5 of 16 GB with 0.5 GPU and no other trial on it beside 1 verifier(s) of 0.25; a "
+        "smaller model or train.batch_size would need less (CUDA out of memory)",
+    )

@@ -29,6 +29,7 @@ def test_several_workers_go_through_ray_train_which_holds_the_compute() -> None:
     shares = plan(space({"workers": 2, "verifiers": 1}), {"CPU": 8.0})
     assert (shares.execution, shares.training) == ("train", 3)
     assert shares.trial_resources == {"memory": 1.0}  # no part of a CPU: two would not do for a worker and a verifier
+    assert plan(space({"workers": 2, "verifiers": 2}), {"CPU": 4.0}).training == 1  # nothing is left, nor needed
 
 
 def test_a_stated_concurrency_is_kept_to_the_letter() -> None:
@@ -100,6 +101,25 @@ def test_direct_execution_of_several_workers_is_refused() -> None:
 def test_nothing_is_spread_over_two_nodes(resources: dict[str, object], nodes: list[float], training: int) -> None:
     shapes = [{"CPU": cpus} for cpus in nodes]
     assert plan(space(resources), {"CPU": sum(nodes)}, shapes).training == training
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "places", "training"),
+    [
+        ({"cpus_per_worker": 3}, [(3, 0), (2, 0)], (1,), 1),  # first fit would leave no node for the trial
+        ({"cpus_per_worker": 3, "verifiers": 3}, [(4, 0), (4, 0), (1, 0)], (2, 0, 1), 2),
+        ({"verifiers": 2, "gpus_per_verifier": 0.5, "gpus_per_worker": 1}, [(8, 1), (8, 1)], (0, 0), 1),
+        ({"verifiers": 2}, [(8, 4), (8, 0)], (0, 0), 14),
+        ({"verifiers": 2, "gpus_per_worker": 1}, [(2, 2), (2, 0)], (1, 1), 2),
+    ],
+)
+def test_verifiers_go_where_trials_lose_least(
+    resources: dict[str, object], nodes: list[tuple[float, float]], places: tuple[int, ...], training: int
+) -> None:
+    shapes = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]
+    total = {kind: sum(shape[kind] for shape in shapes) for kind in ("CPU", "GPU")}
+    shares = plan(space(resources), total, shapes)
+    assert (shares.verifier_nodes, shares.training) == (places, training)
 
 
 def test_a_worker_that_fits_no_node_is_refused_with_the_nodes() -> None:

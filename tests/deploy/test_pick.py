@@ -181,3 +181,16 @@ def test_choice_as_json_is_plain() -> None:
     plain = choose(POINTS, Requirements(max_bytes=40_000)).to_json()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["requirements"] == {"max_bytes": 40_000, "prefer": "certified"}
+
+
+def test_points_without_a_network_are_counted_apart() -> None:
+    gone = [{**POINTS[0], "trial": "t0009"}, {**POINTS[1], "trial": "t0009"}]
+    requirements = Requirements(max_bytes=POINTS[1]["bytes"], min_certified=0.5)
+    choice = choose(POINTS, requirements, gone)
+    assert choice.point is choose(POINTS, requirements).point
+    assert (choice.considered, choice.gone, choice.gone_feasible) == (6, 2, 1)
+    assert (
+        f"{choice.feasible} of 6 points whose network was kept meet every requirement (1 of the 2 others would);"
+        in (choice.lines()[1])
+    )
+    assert choose(POINTS, Requirements(level=POINTS[1]["level"]), gone).gone == 1

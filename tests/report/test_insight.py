@@ -9,7 +9,7 @@ from studies import events, small_space, write_run
 
 from cactus_ray.report import insight
 from cactus_ray.report.page import broken_trials, write_page
-from cactus_ray.search.space import Space
+from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, read_records, with_front
 
 
@@ -81,3 +81,27 @@ def test_broken_trials_are_marked_on_the_front_and_the_page_shows_all(
 def test_one_trial_has_nothing_to_compare(space: Space) -> None:
     assert insight.complete_trials(space, Records()) == []
     assert insight.varied(space, []) == []
+
+
+def test_numbers_that_can_be_chosen_are_shown_by_size_and_words_as_written(space: Space) -> None:
+    asked = parse_space(
+        {
+            **space.to_dict(),
+            "parameters": {
+                "method": {"values": ["sabr", "cactus"]},
+                "awp_radius": {"values": [0.0, 0.5, 1.0, 0.25], "when": {"method": ["cactus"]}},
+            },
+        }
+    )
+    values = [{"method": "cactus", "awp_radius": r} for r in (1.0, 0.25, 0.0)] + [{"method": "sabr"}]
+    trials = [
+        insight.Complete(f"t{i}", v, {o.metric: 0.5 for o in asked.objectives}, True) for i, v in enumerate(values)
+    ]
+    by_title = {
+        axis.title.text: list(axis.categoryarray) for axis in insight.slices_figure(asked, trials).select_xaxes()
+    }
+    assert by_title == {"method": ["sabr", "cactus"], "awp_radius": ["0", "0.25", "0.5", "1"]}
+    lines = insight.parallel_figure(asked, trials).data[0]
+    radius = next(d for d in lines.dimensions if d.label == "awp_radius")
+    assert list(radius.ticktext) == ["0", "0.25", "0.5", "1", insight.NOT_ASKED]
+    assert [radius.ticktext[int(v)] for v in radius["values"]] == ["1", "0.25", "0", insight.NOT_ASKED]

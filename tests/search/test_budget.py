@@ -60,6 +60,16 @@ def test_gpu_hours_are_those_of_workers_and_verifiers_whatever_became_of_the_tri
     assert budget.over() == "search.max_gpu_hours: 1 of 1 hours of GPUs"
 
 
+def test_trials_that_share_a_gpu_cost_their_part_of_it(tmp_path: Path) -> None:
+    tight = space({"trials": 9, "max_gpu_hours": 1.0}, gpus_per_worker=1.0)
+    study = begin(tight, tmp_path)
+    first, second = started(study).id, started(study).id
+    study.epoch(first, 1, 2, {"seconds": 3600.0}, gpus=0.25)
+    study.epoch(second, 1, 2, {"seconds": 1800.0})
+    assert study.budget.gpu_hours == pytest.approx(0.75)
+    assert Budget(tight, read_records(tmp_path)).gpu_hours == pytest.approx(0.75)
+
+
 def test_a_plateau_is_a_run_of_trials_that_gain_too_little() -> None:
     plateau = Plateau(FRONT, 0.1)
     plateau.reference = {"certified_accuracy": 0.0, "bytes": 100.0}

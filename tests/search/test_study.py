@@ -126,6 +126,27 @@ def test_a_second_driver_goes_on_where_the_first_was_killed(space: Space, tmp_pa
     assert records.trials[done].points == points
 
 
+def test_a_trial_that_ran_out_of_memory_is_queued_again_also_by_the_next_driver(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    study.packed({"trials_per_gpu": 4, "why": "by profile"})
+    first, other = started(study), started(study)
+    study.out_of_memory(first.id, {"trials_per_gpu": 2, "error": "CUDA out of memory", "had": 0.25})
+    assert study.in_flight == 1
+    assert (read_records(tmp_path).lowered, read_records(tmp_path).packing["trial"]) == (2, first.id)
+    again = started(study)
+    assert (again.id, again.config) == (first.id, first.config)
+    second = resume(space, tmp_path)
+    assert second.lowered == 2
+    assert {started(second).id, started(second).id} == {first.id, other.id}
+    second.failed(other.id, "lost")
+    done = [again.id, started(second).id]
+    for trial in done:
+        for chunk in second.trained(trial, {"last": b"network"}, "last", 1, 2.0):
+            second.verified(result(chunk))
+    assert second.done
+    assert [t.status for t in read_records(tmp_path).trials.values()] == ["completed", "failed", "completed"]
+
+
 def test_resuming_asks_for_the_same_configurations(space: Space, tmp_path: Path) -> None:
     through = begin(space, tmp_path / "through")
     for _ in range(3):

@@ -1,6 +1,7 @@
 """Two stages of verification as a study sees them, and drivers that die between them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,52 @@ def test_dear_work_can_be_skipped_where_it_cannot_matter(dear_space: Space, tmp_
         study.verified(result(chunk, "CERTIFIED", "alpha"))
     points = {p["level"]: p["n_unknown"] for p in read_records(tmp_path).trials[trial].points}
     assert points == {"dense": 2, "int8": 0}
+
+
+def test_dear_work_that_others_overtook_while_it_waited_is_withdrawn(dear_space: Space, tmp_path: Path) -> None:
+    study = begin(dear_space, tmp_path)
+    slow = started(study).id
+    dear: list[Chunk] = []
+    for chunk in study.trained(slow, {"last": b"network"}, "last", 1, 2.0):
+        found = result(chunk)
+        for level in found.levels.values():
+            for row in level.samples:
+                row[2:6] = ["FALSIFIED", True, None, "attack"] if row[0] == 2 else ["UNKNOWN", True, -0.25, "bounds"]
+        dear += study.verified(found)
+    waiting, last = dear
+    assert study.still_worth(waiting) == ("dense", "int8")
+    best = started(study).id
+    for chunk in study.trained(best, {"last": b"better"}, "last", 1, 2.0):
+        worse = result(chunk)
+        larger = replace(worse.levels["int8"], measures={**MEASURES, "bytes": 2000})
+        worse.levels["int8"] = larger  # only its dense point is small and good enough
+        study.verified(worse)
+    before = read_records(tmp_path).trials[slow].verdicts
+    assert study.still_worth(waiting) == ()
+    assert study.withdrawn(waiting) == []
+    assert study.withdrawn(waiting) == []  # a second word changes nothing
+    assert study.verifying
+    assert study.given_up(last, "budget", [0]) == []
+    record = read_records(tmp_path).trials[slow]
+    assert (record.status, record.spared) == ("completed", {level: [best, "dense"] for level in ("dense", "int8")})
+    assert record.verdicts == before
+    assert record.dear == {}
+    assert resume(dear_space, tmp_path).in_flight == 0
+
+
+def test_levels_that_are_still_worth_it_are_verified_without_the_others(dear_space: Space, tmp_path: Path) -> None:
+    study = begin(dear_space, tmp_path)
+    trial, (first, last) = cheap_stage(study)
+    study.worth = lambda point: bool(point["level"] == "int8")
+    assert study.still_worth(first) == ("int8",)
+    for chunk in (first, last):
+        found = result(chunk, "CERTIFIED", "branch")
+        del found.levels["dense"]
+        assert study.verified(found) == []
+    record = read_records(tmp_path).trials[trial]
+    assert record.status == "completed"
+    assert {p["level"]: p["n_unknown"] for p in record.points} == {"dense": 2, "int8": 0}
+    assert set(record.dear) == {"int8"}
 
 
 # --- drivers that died ---------------------------------------------------------------------------------------------
