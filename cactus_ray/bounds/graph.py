@@ -153,8 +153,8 @@ def forward(
     """Logits [N, classes] of images [N, C, H, W].
 
     Batch norm uses running statistics; with ``statistics`` those; with ``collect`` the batch's own, which are stored
-    there (differentiable). ``visit`` sees every node's output. ``in_place``: ReLUs overwrite what they alone read, which
-    changes no number and saves fresh memory; not beside ``visit``.
+    there (differentiable). ``visit`` sees every node's output. ``in_place``: ReLUs overwrite what they alone
+    read, which changes no number and saves fresh memory; not beside ``visit``.
     """
     values: dict[str, Tensor] = {}
     overwriting = _overwriting(graph) if in_place else frozenset()

@@ -1,7 +1,7 @@
 """The first convolution of a network, read backward fast.
 
-On CPUs torch's gradient of a convolution to an image of few channels takes three to eight times its forward pass. The
-same gradient is a matrix product, which gives what every output adds to the pixels of its patch, and a sum over patches.
+On CPUs torch's gradient of a convolution to an image of few channels takes three to eight times its forward pass. It
+is also a matrix product, which gives what every output adds to the pixels of its patch, and a sum over patches.
 """
 
 from __future__ import annotations

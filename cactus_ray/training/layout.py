@@ -18,7 +18,7 @@ def channels_last(params: Params) -> Params:
 
 
 def _channels_last(kernel: Tensor) -> Tensor:
-    outputs, inputs, height, width = kernel.shape
+    inputs, height, width = kernel.shape[1:]
     strides = (inputs * height * width, 1, width * inputs, inputs)
     laid = torch.empty_strided(kernel.shape, strides, dtype=kernel.dtype, device=kernel.device)
     return laid.copy_(kernel)
