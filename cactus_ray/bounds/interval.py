@@ -110,7 +110,8 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
                 scale = params[f"{node.name}.scale"]
             return Box(apply_node(node, params, [x.center], statistics), x.radius * per_channel(scale.abs(), x.radius))
         case "relu":
-            return Box(*_ReLU.apply(x.center, x.radius))  # type: ignore[no-untyped-call]
+            center, radius = torch.broadcast_tensors(x.center, x.radius)
+            return Box(*_ReLU.apply(center, radius))  # type: ignore[no-untyped-call]
         case "leaky_relu" | "max_pool2d" | "quantize":
             return Box.between(apply_node(node, params, [x.lower]), apply_node(node, params, [x.upper]))
         case "avg_pool2d":
@@ -152,8 +153,9 @@ class _ReLU(torch.autograd.Function):
 def _sliced(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of the batch, of as many images as make up ``_SLICE`` numbers; on a GPU one."""
     first = tensors[0]
-    per_image = max(1, first.numel() // max(1, len(first)))
-    images = max(1, _SLICE // per_image) if first.device.type == "cpu" else max(1, len(first))
+    if first.device.type != "cpu" or first.numel() <= _SLICE:
+        return iter((tensors,))
+    images = max(1, _SLICE * len(first) // first.numel())
     return zip(*(tensor.split(images) for tensor in tensors), strict=True)
 
 
