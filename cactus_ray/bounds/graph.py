@@ -148,29 +148,50 @@ def forward(
     statistics: Statistics | None = None,
     collect: Statistics | None = None,
     visit: Callable[[Node, Tensor], object] | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """Logits [N, classes] of images [N, C, H, W].
 
     Batch norm uses running statistics; with ``statistics`` those; with ``collect`` the batch's own, which are stored
-    there (differentiable). ``visit`` sees every node's output.
+    there (differentiable). ``visit`` sees every node's output. ``in_place``: ReLUs overwrite what they alone
+    read, which changes no number and saves fresh memory; not beside ``visit``.
     """
     values: dict[str, Tensor] = {}
+    overwriting = _overwriting(graph) if in_place else frozenset()
     for node in graph.nodes:
         inputs = [values[i] for i in node.inputs]
         if node.op == "input":
             y = x
         elif node.op == "batch_norm" and collect is not None:
-            dims = [d for d in range(inputs[0].dim()) if d != 1]
-            var, mean = torch.var_mean(inputs[0], dim=dims, correction=0)
-            collect[node.name] = (mean, var)
+            collect[node.name] = moments(inputs[0])
             scale, shift = batch_norm_affine(node, params, collect)
             y = torch.addcmul(per_channel(shift, inputs[0]), inputs[0], per_channel(scale, inputs[0]))
+        elif node.name in overwriting:
+            y = inputs[0].relu_()
         else:
             y = apply_node(node, params, inputs, statistics)
         values[node.name] = y
         if visit is not None:
             visit(node, y)
     return values[graph.output.name]
+
+
+def _overwriting(graph: Graph) -> frozenset[str]:
+    """The ReLUs that are the only readers of an operator whose backward pass does not need its own output."""
+    fresh = {n.name for n in graph.nodes if n.op in ("conv2d", "linear", "batch_norm", "scale_shift")}
+    read = [name for n in graph.nodes for name in n.inputs]
+    return frozenset(
+        n.name for n in graph.nodes if n.op == "relu" and n.inputs[0] in fresh and read.count(n.inputs[0]) == 1
+    )
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance, each [C], over all dimensions but 1; differentiable."""
+    if x.device.type == "cpu":
+        mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
+    else:
+        var, mean = torch.var_mean(x, dim=[d for d in range(x.dim()) if d != 1], correction=0)
+    return mean, var
 
 
 def apply_node(node: Node, params: Params, inputs: list[Tensor], statistics: Statistics | None = None) -> Tensor:
@@ -248,6 +269,23 @@ def _check_quantiser(node: Node) -> None:
         raise UnsupportedGraphError(
             f"quantiser {node.name!r} with {dict(node.attributes)}; expected scale > 0 and low <= zero_point <= high"
         )
+
+
+class _Moments(torch.autograd.Function):
+    """What ``torch.var_mean`` gives, in a fifth of its time on a CPU, and one pass backward instead of four."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_var: Tensor) -> Tensor:  # type: ignore[override]
+        x, mean = ctx.saved_tensors
+        count = x.numel() // len(mean)
+        slope = (2.0 / count) * of_var
+        return torch.addcmul(per_channel(of_mean / count - slope * mean, x), x, per_channel(slope, x))
 
 
 class _Staircase(torch.autograd.Function):

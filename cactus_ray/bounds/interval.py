@@ -6,9 +6,9 @@ takes on the input box. With a ``Rounding`` also every value that floating point
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from cactus_ray.bounds.graph import (
 
 if TYPE_CHECKING:
     from cactus_ray.bounds.rounding import Rounding
+
+
+_SLICE = 2**17
+"""Numbers that stay in a CPU's cache beside some temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,9 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
             else:
                 scale = params[f"{node.name}.scale"]
             return Box(apply_node(node, params, [x.center], statistics), x.radius * per_channel(scale.abs(), x.radius))
-        case "relu":  # monotone: ends go to ends, which are new tensors
-            return Box.between(x.lower.relu_(), x.upper.relu_())
+        case "relu":
+            center, radius = torch.broadcast_tensors(x.center, x.radius)
+            return Box(*_ReLU.apply(center, radius))  # type: ignore[no-untyped-call]
         case "leaky_relu" | "max_pool2d" | "quantize":
             return Box.between(apply_node(node, params, [x.lower]), apply_node(node, params, [x.upper]))
         case "avg_pool2d":
@@ -114,6 +119,44 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
         case "flatten":
             return Box(x.center.flatten(1), x.radius.flatten(1))
     return Box(inputs[0].center + inputs[1].center, inputs[0].radius + inputs[1].radius)  # add
+
+
+class _ReLU(torch.autograd.Function):
+    """Box of the ReLU of a box: it is monotone, so ends go to ends.
+
+    Written out, and in slices that stay in a CPU's cache, because the time goes into moving memory; only the result is
+    kept for the backward pass, where an end counts as positive if that can be told from center and radius.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.empty_like(center), torch.empty_like(radius)
+        for c, r, of_c, of_r in _sliced(center, radius, *found):
+            lower, upper = (c - r).relu_(), (c + r).relu_()
+            torch.add(lower, upper, out=of_c).mul_(0.5)
+            torch.sub(upper, lower, out=of_r).mul_(0.5)
+        ctx.save_for_backward(*found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, of_center: Tensor, of_radius: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        center, radius = ctx.saved_tensors
+        found = torch.empty_like(center), torch.empty_like(radius)
+        pass_on = torch.ops.aten.threshold_backward
+        for c, r, of_c, of_r, to_c, to_r in _sliced(center, radius, of_center, of_radius, *found):
+            upper, lower = pass_on(of_c + of_r, c, 0), pass_on(of_c - of_r, c - r, 0)
+            torch.add(lower, upper, out=to_c).mul_(0.5)
+            torch.sub(upper, lower, out=to_r).mul_(0.5)
+        return found
+
+
+def _sliced(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Slices of the batch, of as many images as make up ``_SLICE`` numbers; on a GPU one."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _SLICE:
+        return iter((tensors,))
+    images = max(1, _SLICE * len(first) // first.numel())
+    return zip(*(tensor.split(images) for tensor in tensors), strict=True)
 
 
 def mixing(graph: Graph) -> dict[str, int]:

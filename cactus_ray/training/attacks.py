@@ -9,6 +9,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Params, Statistics, forward
 from cactus_ray.bounds.interval import Box
 from cactus_ray.training.entrance import Entrance
+from cactus_ray.training.layout import channels_last, merged
 
 
 def pgd(
@@ -28,14 +29,16 @@ def pgd(
     each projected into the ball, which already lies inside the domain. Returns the last point, detached; no gradient
     reaches the weights. ``statistics``: batch-norm statistics to use instead of the running ones.
     """
-    fixed = {name: tensor.detach() for name, tensor in params.items()}
+    with torch.no_grad():
+        graph, fixed = merged(graph, channels_last(params), statistics)
+    fixed = {name: tensor.detach() for name, tensor in fixed.items()}
     frozen = {name: (mean.detach(), var.detach()) for name, (mean, var) in (statistics or {}).items()}
     lower, upper = ball.lower, ball.upper
     entrance = Entrance.of(graph, fixed) if start.device.type == "cpu" else None
     x = torch.lerp(lower, upper, start)
     for _ in range(steps):
         leaf = (x if entrance is None else entrance.forward(x)).requires_grad_(True)
-        logits = forward(graph if entrance is None else entrance.rest, fixed, leaf, statistics=frozen)
+        logits = forward(graph if entrance is None else entrance.rest, fixed, leaf, statistics=frozen, in_place=True)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
         if entrance is not None:
             gradient = entrance.pull(gradient)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cactus_ray.bounds.graph import Graph, forward
+from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.compression.sets import members
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
+from cactus_ray.training.layout import channels_last
 from cactus_ray.training.loop import update
 from cactus_ray.training.losses import ATTACKED, EXPRESSIVE, TAIL_ATTACKED, UNBOUNDED
 from cactus_ray.training.methods import STAGES
@@ -205,22 +206,21 @@ class _Bench:
 def _layouts(run: Run) -> dict[str, Callable[[], None]]:
     """The plain forward in inference mode, in every memory layout."""
 
-    def in_layout(layout: torch.memory_format) -> Callable[[], None]:
-        images = run.images[: run.batch_size].contiguous(memory_format=layout)
-        params = {
-            k: v.detach().contiguous(memory_format=layout) if v.dim() == 4 else v.detach()
-            for k, v in run.params.items()
-        }
+    plain = {name: tensor.detach() for name, tensor in run.params.items()}
+    images = run.images[: run.batch_size]
+
+    def laid(params: Params, layout: torch.memory_format) -> Callable[[], None]:
+        seen = images.contiguous(memory_format=layout)
 
         def call() -> None:
             with torch.inference_mode():
-                forward(run.graph, params, images)
+                forward(run.graph, params, seen, in_place=True)
 
         return call
 
-    found = {"contiguous": in_layout(torch.contiguous_format)}
+    found = {"contiguous": laid(plain, torch.contiguous_format)}
     if len(run.graph.input_shape) == 3:
-        found["channels_last"] = in_layout(torch.channels_last)
+        found["channels_last"] = laid(channels_last(plain), torch.channels_last)
     return found
 
 

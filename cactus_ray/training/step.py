@@ -12,6 +12,7 @@ from cactus_ray.bounds.graph import Graph, Node, Params, Statistics, trainable
 from cactus_ray.bounds.interval import Box, ball
 from cactus_ray.config import RunConfig
 from cactus_ray.training.attacks import pgd
+from cactus_ray.training.layout import channels_last
 from cactus_ray.training.losses import (
     ATTACKED,
     CERTIFIED_LOSSES,
@@ -94,17 +95,18 @@ def full_loss(
     and take those of the adversarial batch for the box, as their authors do. A pass whose loss has no weight is not
     made. With ``region`` its points are taken and nothing is attacked. ``visit`` sees the certified loss's bound pass.
     """
-    clean = _clean(step, kind, step.params, step.images, step.labels, step.statistics)
+    params = channels_last(step.params)
+    clean = _clean(step, kind, params, step.images, step.labels, step.statistics)
     if region is None:
         images = ball(step.images, step.epsilon, step.config.threat.domain)
         region = Region(step.labels, images, generator=step.latent_generator)
         if step.certifies and kind in ATTACKED:
-            region = _attacked(step, region, kind)
+            region = _attacked(step, params, region, kind)
     strength = 0.0 if kind in UNBOUNDED else _regularizer_strength(step)
     if strength == 0.0:
-        return _weighted(step, step.params, clean, region, kind, step.statistics, visit), region
+        return _weighted(step, params, clean, region, kind, step.statistics, visit), region
     visitor = RampRegularizer()
-    loss = _regularized(step, clean, region, kind, visitor, visit)
+    loss = _regularized(step, params, clean, region, kind, visitor, visit)
     return loss + strength * visitor.value(), region
 
 
@@ -114,7 +116,7 @@ def member_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor
     The member normalises with its own batch's statistics, and shares the region of the full network.
     """
     statistics: Statistics = {}
-    count = len(region.labels)
+    params, count = channels_last(params), len(region.labels)
     clean = _clean(step, kind, params, step.images[:count], region.labels, statistics)
     return _weighted(step, params, clean, region, kind, statistics)
 
@@ -122,6 +124,7 @@ def member_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor
 def ascent_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor:
     """What the weight perturbation raises: standard plus certified loss, unweighted (CACTUS, Eq. 9)."""
     statistics: Statistics = {}
+    params = channels_last(params)
     clean = standard(step.graph, params, step.images[: len(region.labels)], region.labels, statistics)
     return clean + _certified(step, params, region, kind, statistics)
 
@@ -134,7 +137,7 @@ def _clean(
         if all(node.op != "batch_norm" for node in step.graph.nodes):
             return None
         if kind in EXPRESSIVE:  # the box does without; only the running statistics of the full network follow
-            if params is step.params:
+            if statistics is step.statistics:
                 with torch.no_grad():
                     standard(step.graph, params, images, labels, statistics)
             return None
@@ -149,7 +152,7 @@ def _certified(
         kind = DURING_RAMP.get(kind, kind)
     used = dict(statistics)
     loss = CERTIFIED_LOSSES[kind](step.graph, params, region, step.options, statistics=used, visit=visit)
-    if kind in EXPRESSIVE and params is step.params:
+    if kind in EXPRESSIVE and statistics is step.statistics:
         step.adversarial_statistics.update(used)
     return loss
 
@@ -170,8 +173,9 @@ def _mixed(step: Step, clean: Tensor | None, certified: Tensor) -> Tensor:
 
 
 def _regularized(
-    step: Step, clean: Tensor | None, region: Region, kind: str, visitor: RampRegularizer, visit: Visitor | None
-) -> Tensor:
+    step: Step, params: Params, clean: Tensor | None, region: Region, kind: str, visitor: RampRegularizer,
+    visit: Visitor | None,
+) -> Tensor:  # fmt: skip
     """The weighted loss whose bound pass both visitors see; without a certified loss one over tiny balls the first."""
 
     def both(node: Node, box: Box) -> None:
@@ -180,10 +184,10 @@ def _regularized(
             visit(node, box)
 
     if step.certifies and step.epsilon > _EPSILON_OF_REGULARIZER:
-        return _mixed(step, clean, _certified(step, step.params, region, kind, step.statistics, both))
+        return _mixed(step, clean, _certified(step, params, region, kind, step.statistics, both))
     tiny = Region(step.labels, ball(step.images, _EPSILON_OF_REGULARIZER, step.config.threat.domain))
-    CERTIFIED_LOSSES["ibp"](step.graph, step.params, tiny, step.options, statistics=step.statistics, visit=visitor)
-    return _weighted(step, step.params, clean, region, kind, step.statistics, visit)
+    CERTIFIED_LOSSES["ibp"](step.graph, params, tiny, step.options, statistics=step.statistics, visit=visitor)
+    return _weighted(step, params, clean, region, kind, step.statistics, visit)
 
 
 def _regularizer_strength(step: Step) -> float:
@@ -192,7 +196,7 @@ def _regularizer_strength(step: Step) -> float:
     return step.config.train.regularizer * (1.0 - step.epsilon / final) if final > 0 else 0.0
 
 
-def _attacked(step: Step, region: Region, kind: str) -> Region:
+def _attacked(step: Step, params: Params, region: Region, kind: str) -> Region:
     """The region with the points that the attack found."""
     config = step.config
     assert config.attack_steps is not None
@@ -205,7 +209,7 @@ def _attacked(step: Step, region: Region, kind: str) -> Region:
             searched = ball(step.images, radius, config.threat.domain)
     with of_attack(config.train, step.images.device):
         point = pgd(
-            step.graph, step.params, step.labels, searched, steps=config.attack_steps,
+            step.graph, params, step.labels, searched, steps=config.attack_steps,
             step_size=config.attack_step_size * radius, start=step.noise, statistics=statistics,
         )  # fmt: skip
     return Region(region.labels, region.ball, point, region.generator)

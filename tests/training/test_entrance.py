@@ -14,7 +14,7 @@ from cactus_ray.models.normalize import Normalize
 from cactus_ray.training import attacks
 from cactus_ray.training.entrance import Entrance
 
-KERNELS = [case for case in product((1, 2, 3, 4, 5), (2, 3), (0, 1, 2)) if case[2] < case[0]]
+KERNELS = [case for case in product((1, 2, 3, 4, 5), (1, 2, 3), (0, 1, 2)) if case[2] < case[0]]
 
 
 def network(channels: int, kernel: int, stride: int, padding: int, size: int = 9) -> nn.Module:
@@ -32,6 +32,9 @@ def network(channels: int, kernel: int, stride: int, padding: int, size: int = 9
 def test_gradient_is_that_of_torch(channels: int, kernel: int, stride: int, padding: int) -> None:
     graph, params = trace(network(channels, kernel, stride, padding).double(), (channels, 9, 9))
     entrance = Entrance.of(graph, params)
+    if channels > 1 and stride == 1:
+        assert entrance is None
+        return
     assert entrance is not None
     x = torch.rand(4, channels, 9, 9, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 1, 2, 0])
@@ -71,7 +74,7 @@ class Skips(nn.Module):
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)), (1, 8, 8)),
+        (nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)), (3, 8, 8)),
         (nn.Sequential(nn.Conv2d(8, 2, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)), (8, 8, 8)),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), (1, 8, 8)),
         (Skips(), (1, 8, 8)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, Statistics
 from cactus_ray.bounds.interval import Box, margins, step
 from cactus_ray.errors import UnsupportedGraphError
+from cactus_ray.training.layout import merged
 
 Visitor = Callable[[Node, Box], object]
 
@@ -101,6 +102,7 @@ def box_margins(
     With ``shrinkage`` < 1 the upper bounds of unstable ReLUs are multiplied by it (Mueller et al. 2023): then
     they are **no bounds at all**, unsound, for training only. That needs a network which ends in a linear layer.
     """
+    graph, params = merged(graph, params, statistics)
     if shrinkage == 1.0:
         return margins(graph, params, box, labels, statistics=statistics, visit=visit)
     last = graph.output

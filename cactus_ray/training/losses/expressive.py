@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params, Statistics, forward
-from cactus_ray.bounds.interval import margins
-from cactus_ray.training.losses.base import Region, Visitor
+from cactus_ray.training.losses.base import Region, Visitor, box_margins
 
 
 def adversarial_logits_and_bounds(
@@ -26,5 +25,5 @@ def adversarial_logits_and_bounds(
     In training, batch norm takes the statistics of the adversarial batch, for the points and for the ball: so do the
     authors, whose bounds read the statistics of the last forward pass.
     """
-    logits = forward(graph, params, region.attacked("an expressive loss"), collect=statistics)
-    return logits, margins(graph, params, region.ball, region.labels, statistics=statistics, visit=visit)
+    logits = forward(graph, params, region.attacked("an expressive loss"), collect=statistics, in_place=True)
+    return logits, box_margins(graph, params, region.ball, region.labels, 1.0, statistics=statistics, visit=visit)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params, Statistics
-from cactus_ray.bounds.interval import margins
-from cactus_ray.training.losses.base import LossOptions, Region, Visitor, worst_case
+from cactus_ray.training.losses.base import LossOptions, Region, Visitor, box_margins, worst_case
 
 
 def ibp(
@@ -22,5 +21,5 @@ def ibp(
 
     Measured once against CTBench in float64, same weights and boxes: loss within 1e-14, gradients within 1e-13.
     """
-    lower = margins(graph, params, region.ball, region.labels, statistics=statistics, visit=visit)
+    lower = box_margins(graph, params, region.ball, region.labels, 1.0, statistics=statistics, visit=visit)
     return worst_case(lower, region.labels)
