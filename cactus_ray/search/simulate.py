@@ -20,7 +20,7 @@ from cactus_ray.search.domains import Choices
 from cactus_ray.search.halving import Decision, Halving, Rules
 from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
-from cactus_ray.search.rungs import PROXIES, proxy_goals, rung_epochs
+from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rung_epochs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import SchedulerSettings
@@ -32,8 +32,8 @@ class Curve:
     """A configuration with all that training it would show: per epoch, and after verification.
 
     ``seconds`` and ``metrics``: one entry per epoch; ``outcome``: the metrics of the finished trial; ``epoch_cost``: of
-    an epoch at rungs, as the study counted it; ``score_seconds``: by level, of measuring its proxies once, where that is
-    not among ``seconds``.
+    an epoch at rungs, as the study counted it; ``score_seconds``: by level, of measuring its proxies once, where
+    that is not among ``seconds``.
     """
 
     values: Mapping[str, Any]
@@ -48,7 +48,11 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is simulated. ``trials``: most that are started; ``goals``: what rungs compare (default: the proxies)."""
+    """What is simulated. ``trials``: most that are started; ``goals``: what rungs compare (default: the proxies).
+
+    ``promote``: where a study stops trials for good, they wait with their state kept and may go on from it; with
+    nothing left to start, the best of those that wait go on.
+    """
 
     sampler: str = "tpe"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
@@ -56,6 +60,7 @@ class Setup:
     trials: int
     seed: int = 0
     goals: Mapping[str, str] | None = None
+    promote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +115,8 @@ def _every_epoch(trial: TrialRecord) -> bool:
 
 
 def comparable(space: Space, curves: Sequence[Curve]) -> dict[str, str]:
-    """The metrics that rungs can compare: the proxies at the extreme levels, else those of the full network."""
-    for goals in (proxy_goals(space.levels), dict.fromkeys(PROXIES, "maximize")):
+    """The metrics that rungs can compare: the proxies, else those without a size, else those of the full network."""
+    for goals in (proxy_goals(space.levels), accuracy_goals(space.levels), dict.fromkeys(PROXIES, "maximize")):
         if all(name in metrics for curve in curves for metrics in curve.metrics for name in goals):
             return goals
     raise UserError("the recorded epochs lack the accuracies that rungs compare; expected standard and IBP-certified")
@@ -121,7 +126,8 @@ def simulate(space: Space, curves: Sequence[Curve], reference: Mapping[str, floa
     """Search among ``curves`` until ``setup.trials`` have been started or none is left.
 
     ``random`` takes any unused recorded configuration with equal chance. Other samplers propose freely; the unused one
-    that is nearest (``distance``) runs in place of a proposal, and its outcome alone is told. ``reference``: the point that ``relative_hypervolume`` is measured from. Deterministic.
+    that is nearest (``distance``) runs in place of a proposal, and its outcome alone is told. ``reference``: the point
+    that ``relative_hypervolume`` is measured from. Deterministic.
     Raises UserError for curves that lack what rungs compare.
     """
     goals = setup.goals or comparable(space, curves)
@@ -142,8 +148,11 @@ class _Simulation:
         self.random = random.Random(setup.seed)
         self.scored = {level for name in goals for level in _levels_of(name, space.levels)}
         self.halving = Halving(
-            Rules(goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking)
+            Rules(
+                goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking, promote=setup.promote
+            )
         )  # fmt: skip
+        self.waiting: dict[str, tuple[int, int, int]] = {}  # number, curve, epochs done
         self.unused = list(range(len(curves)))
         self.front: list[Mapping[str, Any]] = []
         self.found = Simulated()
@@ -165,18 +174,33 @@ class _Simulation:
             self._finish(curve)
             self._start(now)
         self.found.decisions = self.halving.decisions
+        self.found.stopped += len(self.waiting)
         return self.found
 
     def _start(self, now: float) -> None:
         """Give a free worker the next trial, if there is one."""
-        if not self.unused or len(self.found.started) >= self.setup.trials:
+        if self._promoted(now, anyway=False):
             return
         number = len(self.found.started) + 1
-        if (index := self._drawn(number)) is None:
+        left = self.unused and number <= self.setup.trials
+        index = self._drawn(number) if left else None
+        if index is None:
+            self._promoted(now, anyway=True)
             return
         self.unused.remove(index)
         self.found.started.append(index)
         self._push(now + self.curves[index].seconds[0], number, index, 1)
+
+    def _promoted(self, now: float, anyway: bool) -> bool:
+        """Whether a trial that waited goes on."""
+        decision = self.halving.promote(anyway) if self.waiting else None
+        if decision is None:
+            return False
+        number, index, epoch = self.waiting.pop(decision.trial)
+        curve = self.curves[index]
+        following = curve.seconds[epoch] if epoch < len(curve.seconds) else curve.verify_seconds
+        self._push(now + following, number, index, epoch + 1)
+        return True
 
     def _drawn(self, number: int) -> int | None:
         """The recorded configuration that runs as this trial; None when the sampler has no more."""
@@ -205,8 +229,11 @@ class _Simulation:
                 f"t{number:04d}", epoch * curve.epoch_cost, curve.metrics[epoch - 1], epoch / epochs
             )
             if decision is not None and not decision.go_on:
-                self.found.stopped += 1
-                self._tell(number, None, "stopped")
+                if self.setup.promote:
+                    self.waiting[decision.trial] = number, index, epoch
+                else:
+                    self.found.stopped += 1
+                    self._tell(number, None, "stopped")
                 self._start(now + scoring)
                 return
         following = curve.seconds[epoch] if epoch < epochs else curve.verify_seconds

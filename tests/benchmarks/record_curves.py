@@ -10,7 +10,8 @@ Draws ``--count`` configurations with the random sampler (the paper's points are
 trains every one to its end whatever it shows, scores the proxies of halving at every level after every epoch, and
 verifies all levels at the end with the space's own settings. The file: a header, then one line per configuration;
 accuracies as counts of samples, times in milliseconds of processor time of one thread, so that load does not distort
-them. Goes on where the file ends; two runs with ``--shard 0/2`` and ``--shard 1/2`` may share one file.
+them. Goes on where the file ends; two runs with ``--shard 0/2`` and ``--shard 1/2`` may share one file. ``--sizes 2``
+records, in a file of its own, only the sizes of all levels after each of the first two epochs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space, load_space, parse_space
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError, train
+from cactus_ray.training.state import unpack_state
 from cactus_ray.verification.siblings import LevelModel, verify_levels
 from cactus_ray.verification.timing import stage_seconds
 from cactus_ray.verification.verdict import Verdict
@@ -96,6 +98,26 @@ def recorded(space: Space, config: RunConfig, data: DataSet) -> dict[str, Any]:
     except NonFiniteLossError as error:
         found = {"error": str(error)}
     return {"train": spent, "seen": seen, "proxy": [round(1000 * s) for s in proxy.values()], **found}
+
+
+def sized(space: Space, config: RunConfig, data: DataSet, epochs: int) -> dict[str, Any]:
+    """[bytes, ideal_bits] by level after each of the first epochs; ``sizing``: ms by level, of all these epochs."""
+    found: list[list[list[int]]] = []
+    spent = dict.fromkeys(space.levels, 0.0)
+
+    def report(epoch: EpochReport) -> bool:
+        state = unpack_state(epoch.save())
+        network, row = Network(state.graph, state.params, config, data.class_names), []
+        for level in space.levels:
+            begun = time.process_time()
+            measures = at_level(network, level, space.data, space.threat.domain).measures
+            row.append([measures["bytes"], measures["ideal_bits"]])
+            spent[level] += time.process_time() - begun
+        found.append(row)
+        return epoch.epoch < epochs
+
+    train(config, data, report=report)
+    return {"sizes": found, "sizing": [round(1000 * s) for s in spent.values()]}
 
 
 def verified(space: Space, network: Network, data: DataSet) -> dict[str, Any]:
@@ -173,6 +195,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the space")
     parser.add_argument("--shard", default="0/1", help="K/N: every N-th configuration, from the K-th on")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no other one after so many")
+    parser.add_argument("--sizes", type=int, metavar="EPOCHS", help="record sizes only, after the first so many epochs")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     space = load_space(asked.space, dict(text.split("=", 1) for text in asked.set))
@@ -193,7 +216,10 @@ def main() -> None:
             continue
         config, since = space.configuration(values, number), time.process_time()
         row = {"number": number, "values": values, "seed": config.seed, "epoch_cost": round(cost(config), 4)}
-        row |= recorded(space, config, data)
+        if asked.sizes:
+            row = {"number": number, **sized(space, config, data, asked.sizes)}
+        else:
+            row |= recorded(space, config, data)
         append(asked.out, row)
         print(f"{number} of {asked.count}: {milliseconds(since) / 1000:.1f} s", flush=True)
 
