@@ -402,6 +402,9 @@ def simulate(
     min_epochs: Annotated[int, typer.Option(min=1, help="No trial is stopped before.")] = 1,
     ranking: Annotated[str, typer.Option(help="hypervolume, crowding or epsilon_net.")] = "hypervolume",
     by: Annotated[str | None, typer.Option(help="Rank at rungs by this one metric of an epoch instead.")] = None,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Trials that fall behind wait and may go on (simulated only).")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Simulated workers.")] = 1,
     trials: Annotated[int | None, typer.Option(min=1, help="Whole trials of the random search beside it.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats with seeds 0, 1, ...")] = 10,
@@ -419,8 +422,9 @@ def simulate(
     settings = parse(SchedulerSettings, plain, "scheduler")
     parse(SearchSettings, {"sampler": sampler})
     options = SimulateOptions(
-        sampler=sampler, scheduler=settings, workers=workers, trials=trials, seeds=seeds, by=by, synthetic=synthetic
-    )
+        sampler=sampler, scheduler=settings, workers=workers, trials=trials, seeds=seeds, by=by, synthetic=synthetic,
+        promote=promote,
+    )  # fmt: skip
     simulate_run(out, run, options, as_json=as_json)
 
 

@@ -24,7 +24,9 @@ from cactus_ray.search.surface import REFERENCE, synthetic_curves
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
-    """What is simulated. ``trials``: of the random search to compare with; ``by``: a single metric for the rungs."""
+    """What is simulated. ``trials``: of the random search to compare with; ``by``: a single metric for the rungs;
+    ``promote``: see ``Setup``.
+    """
 
     sampler: str = "tpe"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
@@ -33,6 +35,7 @@ class SimulateOptions:
     seeds: int = 10
     by: str | None = None
     synthetic: int | None = None
+    promote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def run_simulations(
         plain = Setup(sampler="random", workers=options.workers, trials=trials, seed=seed)
         asked = Setup(
             sampler=options.sampler, scheduler=options.scheduler, workers=options.workers, trials=len(curves),
-            seed=seed, goals=goals,
+            seed=seed, goals=goals, promote=options.promote,
         )  # fmt: skip
         outcomes.append(
             Outcome(seed, simulate(space, curves, reference, plain), simulate(space, curves, reference, asked))

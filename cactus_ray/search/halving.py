@@ -6,6 +6,9 @@ rung goes on if it is among the best ``1 / reduction`` of all that the rung has 
 that share is less than one trial, whoever comes goes on. Nobody waits for others, and a decision is never taken back:
 those that a later and better trial would have stopped go on to the next rung.
 
+With ``Rules.promote`` trials wait instead of being stopped (the promoting variant of the same paper), the first at a
+rung, too, until ``Halving.promote`` finds them among the best share of all that have come since.
+
 Pure: no clock, no Ray, no randomness. The same reports in the same order give the same decisions.
 """
 
@@ -15,7 +18,7 @@ import bisect
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,8 @@ from cactus_ray.search.ranking import RANKINGS, Fronts, within_front
 class Rules:
     """What trials are compared by, and where. ``goals``: metric -> "maximize" | "minimize".
 
-    ``first``: resource of the lowest rung. Raises ValueError for anything that makes no sense.
+    ``first``: resource of the lowest rung; ``promote``: trials wait where they would be stopped. Raises ValueError for
+    anything that makes no sense.
     """
 
     goals: Mapping[str, str]
@@ -37,6 +41,7 @@ class Rules:
     reduction: float = 3.0
     first: float = 1.0
     ranking: str = "hypervolume"
+    promote: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals:
@@ -71,7 +76,7 @@ class Decision:
     """What became of a trial at a rung: it was ``rank``-th (from 1) ``of`` so many, and ``go_on`` or not.
 
     ``values``: what was reported, None for what was missing or not finite. ``front``: its non-dominated front from 0,
-    None where it was not compared by objectives. ``of`` numbers the reports to a rung.
+    None where it was not compared by objectives. ``of`` numbers the reports to a rung. ``promoted``: it had waited.
     """
 
     trial: str
@@ -83,6 +88,7 @@ class Decision:
     rank: int
     of: int
     go_on: bool
+    promoted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, which ``of_event`` reads back."""
@@ -96,6 +102,7 @@ class Decision:
             str(event["trial"]), float(event["rung"]), float(event["resource"]), float(event["progress"]),
             {str(name): _finite(value) for name, value in dict(event["values"]).items()},
             None if front is None else int(front), int(event["rank"]), int(event["of"]), bool(event["go_on"]),
+            bool(event.get("promoted", False)),
         )  # fmt: skip
 
     @property
@@ -106,15 +113,32 @@ class Decision:
 
 @dataclass(slots=True)
 class _Rung:
-    """All reports to one rung: feasible ones, infeasible ones (by violation), and those with a value missing."""
+    """All reports to one rung: feasible ones, infeasible ones (by violation), and those with a value missing.
+
+    ``known``: how many were ordered when so many feasible ones were there, and their trials.
+    """
 
     fronts: Fronts
+    trials: list[str] = field(default_factory=list)
     violations: list[float] = field(default_factory=list)
     broken: int = 0
+    known: tuple[int, int, list[str]] = field(default=(-1, -1, []))
 
     @property
     def count(self) -> int:
         return self.fronts.count + len(self.violations) + self.broken
+
+    def best(self, kept: int, ranking: str) -> list[str]:
+        """The best so many of the trials that are compared by objectives, best first."""
+        if self.known[0] < kept or self.known[1] != self.fronts.count:
+            found: list[str] = []
+            for members in map(np.sort, self.fronts.fronts):
+                if len(found) >= kept:
+                    break
+                order = within_front(self.fronts.rows[members], ranking)
+                found += [self.trials[members[place]] for place in order]
+            self.known = len(found), self.fronts.count, found
+        return self.known[2][:kept]
 
 
 class Halving:
@@ -153,19 +177,40 @@ class Halving:
             return standing
         values = {name: _finite(metrics.get(name)) for name in self.rules.metrics}
         place = self._rungs.setdefault(rung, _Rung(Fronts(len(self.rules.goals) + 1)))
-        front, rank = self._add(place, values, progress)
+        front, rank = self._add(place, trial, values, progress)
         if front is not None:
             rank += _within(place.fronts, front, self.rules.ranking)
         of = place.count
         kept = int(of / self.rules.reduction + 1e-9)
         broken = any(value is None for value in values.values())
-        go_on = rank <= kept if kept else (not broken or rank == 1)
+        waits = self.rules.promote and (broken or front is None)
+        go_on = rank <= kept and not waits if kept or self.rules.promote else (not broken or rank == 1)
         decision = Decision(trial, rung, resource, progress, values, front, rank, of, go_on)
         self.decisions.append(decision)
         self._standing[trial] = decision
         return decision
 
-    def _add(self, place: _Rung, values: Mapping[str, float | None], progress: float) -> tuple[int | None, int]:
+    def promote(self, anyway: bool = False) -> Decision | None:
+        """A trial that waits and goes on now, because it is among the best of its rung by now; None if there is none.
+
+        Highest rungs first. ``anyway``: the best one that waits, whatever its share, for a search that has nothing else
+        to begin. Trials that were not compared by objectives wait for ever.
+        """
+        for rung in sorted(self._rungs, reverse=True):
+            place = self._rungs[rung]
+            kept = place.count if anyway else int(place.count / self.rules.reduction + 1e-9)
+            for rank, trial in enumerate(place.best(kept, self.rules.ranking), 1):
+                standing = self._standing[trial]
+                if standing.rung == rung and not standing.go_on:
+                    decision = replace(standing, rank=rank, of=place.count, go_on=True, promoted=True)
+                    self.decisions.append(decision)
+                    self._standing[trial] = decision
+                    return decision
+        return None
+
+    def _add(
+        self, place: _Rung, trial: str, values: Mapping[str, float | None], progress: float
+    ) -> tuple[int | None, int]:
         """Add a report to its rung; its front, and its rank if it were the first of its front."""
         known = {name: value for name, value in values.items() if value is not None}
         if len(known) < len(values):
@@ -177,6 +222,7 @@ class Halving:
             place.violations.insert(behind, violation)
             return None, place.fronts.count + behind + 1
         row = [known[m] * (-1.0 if goal == "maximize" else 1.0) for m, goal in self.rules.goals.items()]
+        place.trials.append(trial)
         front = place.fronts.add(np.array([*row, progress]))
         return front, place.fronts.ahead_of(front) + 1
 
@@ -184,13 +230,14 @@ class Halving:
 
     def take_up(self, decisions: Iterable[Decision]) -> None:
         """Continue from recorded decisions, in any order: ``of`` numbers those of a rung. Each stands as recorded."""
-        for recorded in sorted(decisions, key=lambda d: (d.rung, d.of)):
-            place = self._rungs.setdefault(recorded.rung, _Rung(Fronts(len(self.rules.goals) + 1)))
-            values = {name: _finite(recorded.values.get(name)) for name in self.rules.metrics}
-            self._add(place, values, recorded.progress)
+        for recorded in sorted(decisions, key=_order):
+            if not recorded.promoted:
+                place = self._rungs.setdefault(recorded.rung, _Rung(Fronts(len(self.rules.goals) + 1)))
+                values = {name: _finite(recorded.values.get(name)) for name in self.rules.metrics}
+                self._add(place, recorded.trial, values, recorded.progress)
             self.decisions.append(recorded)
             standing = self.standing(recorded.trial)
-            if standing is None or standing.rung < recorded.rung:
+            if standing is None or standing.rung < recorded.rung or recorded.promoted:
                 self._standing[recorded.trial] = recorded
 
     def state(self) -> list[dict[str, Any]]:
@@ -201,9 +248,14 @@ class Halving:
 def replayed(rules: Rules, decisions: Iterable[Decision]) -> list[Decision]:
     """The decisions that ``rules`` make on the reports behind recorded ones, rung by rung in the order of reports."""
     again = Halving(rules)
-    for recorded in sorted(decisions, key=lambda d: (d.rung, d.of)):
+    for recorded in sorted((d for d in decisions if not d.promoted), key=_order):
         again.report(recorded.trial, recorded.resource, recorded.values, recorded.progress)
     return again.decisions
+
+
+def _order(decision: Decision) -> tuple[float, int, bool]:
+    """Rung by rung in the order of reports; who was promoted after so many of them comes behind the last one."""
+    return decision.rung, decision.of, decision.promoted
 
 
 def _within(fronts: Fronts, front: int, ranking: str) -> int:

@@ -82,6 +82,8 @@ def within_front(rows: Array, ranking: str) -> Indices:
     ``ranking``: a key of ``RANKINGS``. Columns are scaled to the front's own range. Of equal points the first one
     counts and the others come last, because together they are worth no more than one.
     """
+    if len(rows) == 1:
+        return np.zeros(1, dtype=np.int64)
     _, first = np.unique(rows, axis=0, return_index=True)
     chosen = np.sort(first)
     worth = np.full(len(rows), -np.inf)

@@ -41,8 +41,32 @@ def nominal_bits(text: str) -> float:
     return (kept**2 if level.structured else kept) * (level.bits or whole)
 
 
+def sized_level(levels: Sequence[str]) -> str | None:
+    """The most compressed structured level, if there is one: what is left of a network depends on its weights.
+
+    At other levels the networks of a model are of one size, give or take a few numbers that happen to be 0.
+    """
+    structured = [level for level in levels if parse_level(level).structured]
+    return min(structured, key=nominal_bits) if structured else None
+
+
+def scored_levels(levels: Sequence[str]) -> tuple[str, ...]:
+    """The levels at which rungs measure."""
+    sized = sized_level(levels)
+    return tuple(dict.fromkeys([*extreme_levels(levels), *([sized] if sized else [])]))
+
+
 def proxy_goals(levels: Sequence[str]) -> dict[str, str]:
-    """The metrics that rungs compare: plain and IBP-certified accuracy at the extreme levels."""
+    """The metrics that rungs compare: plain and IBP-certified accuracy at the extreme levels, and a size.
+
+    The size is that at the level where it is a matter of training, if there is one.
+    """
+    sized = sized_level(levels)
+    return accuracy_goals(levels) | ({f"ideal_bits@{sized}": "minimize"} if sized else {})
+
+
+def accuracy_goals(levels: Sequence[str]) -> dict[str, str]:
+    """``proxy_goals`` without the size."""
     return {f"{name}@{level}": "maximize" for level in extreme_levels(levels) for name in PROXIES}
 
 
@@ -87,7 +111,7 @@ class Rungs:
 
     def __init__(self, space: Space, records: Records, cost: Cost | None = None) -> None:
         self.settings: SchedulerSettings = space.search.scheduler
-        self.levels = extreme_levels(space.levels)
+        self.levels = scored_levels(space.levels)
         s = self.settings
         nobody_asks = s.name == "none" and s.score == "rungs"
         self.epoch_cost: Cost = (lambda config: 1.0) if cost is None or nobody_asks else cost

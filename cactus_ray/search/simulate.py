@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -19,7 +20,7 @@ from cactus_ray.search.domains import Choices
 from cactus_ray.search.halving import Decision, Halving, Rules
 from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
-from cactus_ray.search.rungs import PROXIES, proxy_goals, rung_epochs
+from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rung_epochs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import SchedulerSettings
@@ -31,7 +32,8 @@ class Curve:
     """A configuration with all that training it would show: per epoch, and after verification.
 
     ``seconds`` and ``metrics``: one entry per epoch; ``outcome``: the metrics of the finished trial; ``epoch_cost``: of
-    an epoch at rungs, as the study counted it.
+    an epoch at rungs, as the study counted it; ``score_seconds``: by level, of measuring its proxies once, where
+    that is not among ``seconds``.
     """
 
     values: Mapping[str, Any]
@@ -41,11 +43,16 @@ class Curve:
     points: tuple[Mapping[str, Any], ...]
     outcome: Mapping[str, float]
     epoch_cost: float = 1.0
+    score_seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is simulated. ``trials``: most that are started; ``goals``: what rungs compare (default: the proxies)."""
+    """What is simulated. ``trials``: most that are started; ``goals``: what rungs compare (default: the proxies).
+
+    ``promote``: where a study stops trials for good, they wait with their state kept and may go on from it; with
+    nothing left to start, the best of those that wait go on.
+    """
 
     sampler: str = "tpe"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
@@ -53,6 +60,7 @@ class Setup:
     trials: int
     seed: int = 0
     goals: Mapping[str, str] | None = None
+    promote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +115,8 @@ def _every_epoch(trial: TrialRecord) -> bool:
 
 
 def comparable(space: Space, curves: Sequence[Curve]) -> dict[str, str]:
-    """The metrics that rungs can compare: the proxies at the extreme levels, else those of the full network."""
-    for goals in (proxy_goals(space.levels), dict.fromkeys(PROXIES, "maximize")):
+    """The metrics that rungs can compare: the proxies, else those without a size, else those of the full network."""
+    for goals in (proxy_goals(space.levels), accuracy_goals(space.levels), dict.fromkeys(PROXIES, "maximize")):
         if all(name in metrics for curve in curves for metrics in curve.metrics for name in goals):
             return goals
     raise UserError("the recorded epochs lack the accuracies that rungs compare; expected standard and IBP-certified")
@@ -117,8 +125,9 @@ def comparable(space: Space, curves: Sequence[Curve]) -> dict[str, str]:
 def simulate(space: Space, curves: Sequence[Curve], reference: Mapping[str, float], setup: Setup) -> Simulated:
     """Search among ``curves`` until ``setup.trials`` have been started or none is left.
 
-    A sampler proposes freely; the unused recorded configuration that is nearest (``distance``) runs in its place, and
-    its outcome alone is told. ``reference``: the point that ``relative_hypervolume`` is measured from. Deterministic.
+    ``random`` takes any unused recorded configuration with equal chance. Other samplers propose freely; the unused one
+    that is nearest (``distance``) runs in place of a proposal, and its outcome alone is told. ``reference``: the point
+    that ``relative_hypervolume`` is measured from. Deterministic.
     Raises UserError for curves that lack what rungs compare.
     """
     goals = setup.goals or comparable(space, curves)
@@ -135,10 +144,15 @@ class _Simulation:
     ) -> None:  # fmt: skip
         s = setup.scheduler
         self.space, self.curves, self.reference, self.setup = space, curves, reference, setup
-        self.sampler = OptunaSampler(space)
+        self.sampler = None if space.search.sampler == "random" else OptunaSampler(space)
+        self.random = random.Random(setup.seed)
+        self.scored = {level for name in goals for level in _levels_of(name, space.levels)}
         self.halving = Halving(
-            Rules(goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking)
+            Rules(
+                goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking, promote=setup.promote
+            )
         )  # fmt: skip
+        self.waiting: dict[str, tuple[int, int, int]] = {}  # number, curve, epochs done
         self.unused = list(range(len(curves)))
         self.front: list[Mapping[str, Any]] = []
         self.found = Simulated()
@@ -156,40 +170,74 @@ class _Simulation:
                 self._epoch(now, number, index, epoch)
                 continue
             self.found.cost += curve.verify_seconds
-            self.sampler.tell(number, curve.outcome, "completed")
+            self._tell(number, curve.outcome, "completed")
             self._finish(curve)
             self._start(now)
         self.found.decisions = self.halving.decisions
+        self.found.stopped += len(self.waiting)
         return self.found
 
     def _start(self, now: float) -> None:
         """Give a free worker the next trial, if there is one."""
-        if not self.unused or len(self.found.started) >= self.setup.trials:
+        if self._promoted(now, anyway=False):
             return
+        number = len(self.found.started) + 1
+        left = self.unused and number <= self.setup.trials
+        index = self._drawn(number) if left else None
+        if index is None:
+            self._promoted(now, anyway=True)
+            return
+        self.unused.remove(index)
+        self.found.started.append(index)
+        self._push(now + self.curves[index].seconds[0], number, index, 1)
+
+    def _promoted(self, now: float, anyway: bool) -> bool:
+        """Whether a trial that waited goes on."""
+        decision = self.halving.promote(anyway) if self.waiting else None
+        if decision is None:
+            return False
+        number, index, epoch = self.waiting.pop(decision.trial)
+        curve = self.curves[index]
+        following = curve.seconds[epoch] if epoch < len(curve.seconds) else curve.verify_seconds
+        self._push(now + following, number, index, epoch + 1)
+        return True
+
+    def _drawn(self, number: int) -> int | None:
+        """The recorded configuration that runs as this trial; None when the sampler has no more."""
+        if self.sampler is None:  # those on record were drawn at random, so any of them will do
+            return self.random.choice(self.unused)
         suggestion = self.sampler.ask()
         if suggestion is None:
-            return
+            return None
         index = nearest(self.space, suggestion.values, self.curves, self.unused)
-        self.unused.remove(index)
         if dict(self.curves[index].values) != suggestion.values:
-            self.sampler.adopt(suggestion.number, self.curves[index].values)
-        self.found.started.append(index)
-        self._push(now + self.curves[index].seconds[0], suggestion.number, index, 1)
+            self.sampler.adopt(number, self.curves[index].values)
+        return index
+
+    def _tell(self, number: int, metrics: Mapping[str, float] | None, status: str) -> None:
+        if self.sampler is not None:
+            self.sampler.tell(number, metrics, status)
 
     def _epoch(self, now: float, number: int, index: int, epoch: int) -> None:
         curve, epochs = self.curves[index], len(self.curves[index].seconds)
         self.found.cost += curve.seconds[epoch - 1]
+        scoring = 0.0
         if self._asked(curve, epoch):
+            scoring = sum(curve.score_seconds.get(level, 0.0) for level in self.scored)
+            self.found.cost += scoring
             decision = self.halving.report(
                 f"t{number:04d}", epoch * curve.epoch_cost, curve.metrics[epoch - 1], epoch / epochs
             )
             if decision is not None and not decision.go_on:
-                self.found.stopped += 1
-                self.sampler.tell(number, None, "stopped")
-                self._start(now)
+                if self.setup.promote:
+                    self.waiting[decision.trial] = number, index, epoch
+                else:
+                    self.found.stopped += 1
+                    self._tell(number, None, "stopped")
+                self._start(now + scoring)
                 return
         following = curve.seconds[epoch] if epoch < epochs else curve.verify_seconds
-        self._push(now + following, number, index, epoch + 1)
+        self._push(now + scoring + following, number, index, epoch + 1)
 
     def _asked(self, curve: Curve, epoch: int) -> bool:
         s = self.setup.scheduler
@@ -205,6 +253,12 @@ class _Simulation:
         self.front = [point for point, on_front in zip(points, keep, strict=True) if on_front]
         volume = relative_hypervolume(self.front, self.space.front, self.reference)
         self.found.steps.append(Step(self.found.cost, self.found.time, volume))
+
+
+def _levels_of(metric: str, levels: Sequence[str]) -> Sequence[str]:
+    """The levels at which something is measured for a metric: its own, or all for one over all of them."""
+    own = metric.partition("@")[2]
+    return (own,) if own else levels
 
 
 def nearest(space: Space, values: Mapping[str, Any], curves: Sequence[Curve], among: Sequence[int]) -> int:

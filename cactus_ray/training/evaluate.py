@@ -11,6 +11,7 @@ from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.bounds.interval import ball, margins
 from cactus_ray.compression.levels import parse_level
 from cactus_ray.compression.materialize import materialize
+from cactus_ray.compression.size import ideal_bits
 from cactus_ray.config import ThreatConfig
 from cactus_ray.errors import ConfigError, UnsupportedGraphError, UserError
 from cactus_ray.training.workers import Workers
@@ -39,20 +40,23 @@ def proxy_accuracies(
     return standard, certified_accuracy
 
 
-def level_accuracies(
+def level_scores(
     graph: Graph, params: Params, level: str, selection: tuple[Tensor, Tensor], threat: ThreatConfig, *,
     workers: Workers, calibration: tuple[Tensor, Tensor] | None = None,
-) -> tuple[float, float]:  # fmt: skip
-    """``proxy_accuracies`` of the network that would be deployed at a level; NaN where the level does not fit it."""
+) -> tuple[float, float, float]:  # fmt: skip
+    """``proxy_accuracies`` and ``ideal_bits`` of the network that would be deployed at a level.
+
+    NaN where the level does not fit the network.
+    """
     images, labels = selection
     try:
         compressed = materialize(graph, params, parse_level(level), calibration, threat.domain)
     except (UnsupportedGraphError, ConfigError):  # the level itself, whatever the weights
         raise
     except UserError:  # weights that overflow the level's format: the same on every worker
-        return math.nan, math.nan
+        return math.nan, math.nan, math.nan
     tensors = {name: tensor.to(images.device) for name, tensor in compressed.params.items()}
-    return proxy_accuracies(compressed.graph, tensors, images, labels, threat, workers)
+    return *proxy_accuracies(compressed.graph, tensors, images, labels, threat, workers), float(ideal_bits(compressed))
 
 
 def evenly_spaced(total: int, count: int) -> Tensor:

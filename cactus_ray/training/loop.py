@@ -19,7 +19,7 @@ from cactus_ray.data import DataSet, calibration
 from cactus_ray.models.network import Network
 from cactus_ray.training import augment
 from cactus_ray.training.average import include
-from cactus_ray.training.evaluate import level_accuracies, proxy_accuracies
+from cactus_ray.training.evaluate import level_scores, proxy_accuracies
 from cactus_ray.training.losses import ATTACKED
 from cactus_ray.training.methods import METHODS
 from cactus_ray.training.run import Run, network, save, start
@@ -46,9 +46,10 @@ class EpochReport:
 
     ``metrics``: loss (mean over the epoch), standard_accuracy and ibp_certified_accuracy (of the full network, on at
     most ``train.proxy_samples`` selection images), epsilon, standard_weight, learning_rate (of the last step), seconds.
-    ``save()`` gives the whole training state as bytes; ``score(levels)`` standard_accuracy@LEVEL and
-    ibp_certified_accuracy@LEVEL of the networks that would be deployed at these levels, on the same images, and adds
-    its time to ``seconds``. Call them before returning, ``score`` on every worker and before ``save``.
+    ``save()`` gives the whole training state as bytes; ``score(levels)`` standard_accuracy@LEVEL,
+    ibp_certified_accuracy@LEVEL (on the same images) and ideal_bits@LEVEL of the networks that would be deployed at
+    these levels, and adds its time to ``seconds``. Call them before returning, ``score`` on every worker and before
+    ``save``.
     """
 
     epoch: int
@@ -117,10 +118,11 @@ def _score(run: Run, data: DataSet, metrics: dict[str, float], levels: Sequence[
     found: dict[str, float] = {}
     for level in levels:
         images = calibration(data) if parse_level(level).needs_calibration else None
-        standard, certified = level_accuracies(
+        standard, certified, bits = level_scores(
             run.graph, kept, level, run.selection, run.config.threat, workers=run.workers, calibration=images
         )
         found |= {f"standard_accuracy@{level}": standard, f"ibp_certified_accuracy@{level}": certified}
+        found[f"ideal_bits@{level}"] = bits
     metrics["seconds"] += time.perf_counter() - started
     return found
 

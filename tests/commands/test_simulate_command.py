@@ -19,6 +19,11 @@ def test_seeds_are_shown_beside_random_search(capsys: pytest.CaptureFixture[str]
         assert 0 < seed["stopped"] < seed["started"] == 12
         assert seed["hypervolume"] == seed["steps"][-1][2]
         assert seed["time"] <= seed["cost"]
+    assert run([*SMALL, "--promote", "--json"]) == 0
+    assert [seed["stopped"] for seed in json.loads(capsys.readouterr().out)["seeds"]] == [
+        0,
+        0,
+    ]  # all went on in the end
     assert run([*SMALL, "--scheduler", "none", "--sampler", "random"]) == 0
     assert "12 curves; the final hypervolume of random search over 6 whole trials" in capsys.readouterr().out
 

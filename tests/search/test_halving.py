@@ -160,3 +160,51 @@ def test_resuming_anywhere_gives_the_same_decisions_and_every_one_replays(rankin
 def test_rules_that_make_no_sense_are_refused(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rules(**bad)
+
+
+def test_whoever_waits_goes_on_once_among_the_best_share() -> None:
+    halving = Halving(rules(promote=True))
+    found = [ask(halving, f"t{i}", 1, certified).go_on for i, certified in enumerate([0.3, 0.1])]
+    assert found == [False, False]  # a third of two is nobody
+    assert halving.promote() is None
+    assert not ask(halving, "t2", 1, 0.2).go_on
+    first = halving.promote()
+    assert first is not None
+    assert (first.trial, first.rank, first.of, first.go_on, first.promoted) == ("t0", 1, 3, True, True)
+    assert halving.standing("t0") is first
+    assert halving.promote() is None
+    assert [ask(halving, f"t{i}", 1, 0.05).go_on for i in (3, 4, 5)] == [False] * 3
+    assert ask(halving, "best", 1, 0.9).go_on  # the first of seven need not wait
+    anyway = halving.promote(anyway=True)
+    assert anyway is not None
+    assert (anyway.trial, anyway.rank) == ("t2", 3)
+
+
+def test_the_highest_rung_promotes_first_and_what_was_not_compared_never_goes_on() -> None:
+    halving = Halving(rules(promote=True, reduction=2.0, constraints=(Constraint("certified", min=0.05),)))
+    for i, certified in enumerate([0.4, 0.3, 0.2, 0.1]):
+        ask(halving, f"t{i}", 1, certified)
+    for trial, certified in (("t2", 0.2), ("t3", 0.1)):
+        ask(halving, trial, 2, certified)
+    order = [decision.trial for decision in iter(halving.promote, None)]
+    assert order == ["t2", "t0", "t1"]
+    ask(halving, "infeasible", 1, 0.01)
+    assert halving.report("broken", 1, {}) is not None
+    left = [decision.trial for decision in iter(lambda: halving.promote(anyway=True), None)]
+    assert left == ["t3"]
+
+
+def test_promotions_are_rebuilt_from_records() -> None:
+    halving, draws = Halving(rules(promote=True)), random.Random(0)
+    for i in range(20):
+        ask(halving, f"t{i}", 1, draws.random(), draws.random())
+        halving.promote()
+    plain = json.loads(json.dumps(halving.state()))
+    again = Halving(rules(promote=True))
+    again.take_up(map(Decision.of_event, random.Random(1).sample(plain, len(plain))))
+    assert [again.standing(f"t{i}") for i in range(20)] == [halving.standing(f"t{i}") for i in range(20)]
+    assert sum(d.promoted for d in again.decisions) > 2
+    assert ask(again, "t20", 1, 0.5, 0.5) == ask(halving, "t20", 1, 0.5, 0.5)
+    assert again.promote() == halving.promote()
+    reports = [d for d in halving.decisions if not d.promoted]
+    assert replayed(rules(promote=True), halving.decisions) == reports

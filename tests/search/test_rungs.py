@@ -11,7 +11,14 @@ from cactus_ray.errors import UserError
 from cactus_ray.models import create
 from cactus_ray.models.network import Network
 from cactus_ray.search.halving import Rules
-from cactus_ray.search.rungs import epoch_costs, extreme_levels, proxy_goals, rung_epochs
+from cactus_ray.search.rungs import (
+    accuracy_goals,
+    epoch_costs,
+    extreme_levels,
+    proxy_goals,
+    rung_epochs,
+    scored_levels,
+)
 from cactus_ray.search.space import parse_space
 from cactus_ray.search.store import Records, RunStore, read_records
 from cactus_ray.search.study import Study
@@ -29,9 +36,19 @@ from cactus_ray.search.study import Study
 )
 def test_the_extreme_levels_are_those_of_most_and_fewest_bits(levels: list[str], ends: tuple[str, ...]) -> None:
     assert extreme_levels(levels) == ends
-    assert list(proxy_goals(levels)) == [
+    assert list(accuracy_goals(levels)) == [
         f"{name}@{level}" for level in ends for name in ("standard_accuracy", "ibp_certified_accuracy")
     ]
+
+
+def test_the_size_is_compared_where_training_decides_it() -> None:
+    assert proxy_goals(["dense", "int8"]) == accuracy_goals(["dense", "int8"])
+    levels = ["dense", "prune:gs-l2:0.3", "prune:gs-l2:0.5+int8", "prune:gu-l1:0.95"]
+    goals = proxy_goals(levels)
+    assert {name for name, goal in goals.items() if goal == "minimize"} == {"ideal_bits@prune:gs-l2:0.5+int8"}
+    assert {name for name, goal in goals.items() if goal == "maximize"} == set(accuracy_goals(levels))
+    assert scored_levels(levels) == ("dense", "prune:gu-l1:0.95", "prune:gs-l2:0.5+int8")
+    assert scored_levels(["dense", "prune:gs-l2:0.5+int8"]) == ("dense", "prune:gs-l2:0.5+int8")
 
 
 @pytest.mark.parametrize(

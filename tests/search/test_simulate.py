@@ -118,3 +118,26 @@ def test_curves_without_accuracies_are_refused(space: Space, curves: list[Curve]
     bare: list[Any] = [replace(curve, metrics=tuple({"loss": 1.0} for _ in curve.metrics)) for curve in curves]
     with pytest.raises(UserError, match="lack the accuracies"):
         simulate(space, bare, REFERENCE, Setup(trials=1))
+
+
+def test_trials_that_wait_go_on_from_where_they_were(space: Space, curves: list[Curve]) -> None:
+    setup = Setup(sampler="random", scheduler=ASHA, trials=30, promote=True)
+    found = simulate(space, curves, REFERENCE, setup)
+    assert found == simulate(space, curves, REFERENCE, setup)
+    assert sorted(found.started) == list(range(30))
+    assert (found.stopped, len(found.steps)) == (0, 30)  # with nothing new to begin, whoever waits goes on
+    assert found.cost == pytest.approx(sum(map(whole_cost, curves)))  # and no epoch is trained twice
+    waited = {d.trial for d in found.decisions if not d.go_on}
+    promoted = [d.trial for d in found.decisions if d.promoted]
+    assert waited == set(promoted)
+    at_once = simulate(space, curves, REFERENCE, Setup(sampler="random", trials=30))
+    assert found.cost_of(0.9 * found.hypervolume) < at_once.cost_of(0.9 * found.hypervolume)
+
+
+def test_scoring_counts_where_rungs_ask(space: Space, curves: list[Curve]) -> None:
+    free = simulate(space, curves, REFERENCE, Setup(sampler="random", scheduler=ASHA, trials=30))
+    levels = dict.fromkeys(space.levels, 0.25)
+    paid = [replace(curve, score_seconds=levels) for curve in curves]
+    scored = simulate(space, paid, REFERENCE, Setup(sampler="random", scheduler=ASHA, trials=30))
+    assert scored.started == free.started
+    assert scored.cost - free.cost == pytest.approx(0.5 * len(free.decisions))  # two extreme levels

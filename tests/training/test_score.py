@@ -8,6 +8,7 @@ import torch
 
 from cactus_ray.compression.levels import parse_level
 from cactus_ray.compression.materialize import materialize
+from cactus_ray.compression.size import ideal_bits
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import calibration, load
 from cactus_ray.training.evaluate import proxy_accuracies
@@ -46,6 +47,7 @@ def test_a_score_is_that_of_the_deployed_network(batch_norm: bool) -> None:
         )
         names = (f"standard_accuracy@{level}", f"ibp_certified_accuracy@{level}")
         assert [found[-1][name] for name in names] == pytest.approx(list(expected))
+        assert found[-1][f"ideal_bits@{level}"] == ideal_bits(compressed)
     assert found[-1]["standard_accuracy@dense"] > 0.2  # chance is 0.1
     assert all(after > before for before, after in seconds)
     assert result.seconds == pytest.approx(math.fsum(after for _, after in seconds))
