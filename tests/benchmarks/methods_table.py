@@ -103,12 +103,13 @@ def _differences(networks: Sequence[Row], method: str, reference: str, levels: S
 def _budget(found: dict[str, Any], networks: Sequence[Row], methods: Sequence[str]) -> None:
     print("\n| method | seeds | epochs | training, CPU s each (by the clock) | ms a step | tuning | chosen |")
     print("|---|---|---|---|---|---|---|")
+    taken = "that of the reference" if found["tuning"] else "none"
     for method in methods:
         mine = [n for n in networks if n["method"] == method]
         cpu, clock = (statistics.mean(n[key] for n in mine) for key in ("cpu_seconds", "seconds"))
         costs = found["step_seconds"][method]
         tuning = found["tuning"].get(method, [])
-        tried = f"{len(tuning)} settings, {sum(t['cpu_seconds'] for t in tuning):.0f} CPU s" if tuning else "none"
+        tried = f"{len(tuning)} settings, {sum(t['cpu_seconds'] for t in tuning):.0f} CPU s" if tuning else taken
         config = mine[0]["config"]
         flat = config | config.get("compression_set", {})
         keys = ("learning_rate", "standard_weight", "box_ratio", "low", "high", "member_fraction", "refresh_every")
