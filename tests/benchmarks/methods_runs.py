@@ -35,7 +35,6 @@ REFERENCE = "sabr"
 
 _CHEAP = ("learning_rate", "standard_weight", "box_ratio")
 _SINGLE = {"strategy": "single", "low": 0.5, "high": 0.97, "member_fraction": 0.25, "refresh_every": 10}
-_ROUNDED = {"awp_kind": "rounding", "awp_radius": 0.5, "awp_unit": "int3"}
 
 
 def _settings(rate: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -43,14 +42,11 @@ def _settings(rate: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     pairs = [(1, 0.3, 0.6), (2, 0.3, 0.6), (2, 0.3, 0.8), (2, 0.15, 0.6), (4, 0.3, 0.6), (4, 0.15, 0.8)]
     plain = [{"learning_rate": rate * k, "standard_weight": w, "box_ratio": box} for k, w, box in pairs]
     sets: list[dict[str, Any]] = [
-        {"compression_set": _SINGLE},
-        {"compression_set": _SINGLE},
-        {"compression_set": _SINGLE, **_ROUNDED},
-        {"compression_set": _SINGLE, **_ROUNDED},
-        {"compression_set": _SINGLE | {"member_fraction": 0.5}},
-        {"compression_set": _SINGLE, **_ROUNDED, "awp_member": "pruned"},
+        _SINGLE, _SINGLE, _SINGLE, _SINGLE | {"low": 0.25}, _SINGLE | {"member_fraction": 0.5}, _SINGLE,
+    ]  # fmt: skip
+    return plain, [
+        a | {"certified_loss": "sabr", "compression_set": chosen} for a, chosen in zip(plain, sets, strict=True)
     ]
-    return plain, [a | {"certified_loss": "sabr"} | b for a, b in zip(plain, sets, strict=True)]
 
 
 SETTINGS = {"mnist": _settings(0.001), "digits": _settings(0.0025)}

@@ -103,16 +103,17 @@ def _differences(networks: Sequence[Row], method: str, reference: str, levels: S
 def _budget(found: dict[str, Any], networks: Sequence[Row], methods: Sequence[str]) -> None:
     print("\n| method | seeds | epochs | training, CPU s each (by the clock) | ms a step | tuning | chosen |")
     print("|---|---|---|---|---|---|---|")
+    taken = "that of the reference" if found["tuning"] else "none"
     for method in methods:
         mine = [n for n in networks if n["method"] == method]
         cpu, clock = (statistics.mean(n[key] for n in mine) for key in ("cpu_seconds", "seconds"))
         costs = found["step_seconds"][method]
         tuning = found["tuning"].get(method, [])
-        tried = f"{len(tuning)} settings, {sum(t['cpu_seconds'] for t in tuning):.0f} CPU s" if tuning else "none"
+        tried = f"{len(tuning)} settings, {sum(t['cpu_seconds'] for t in tuning):.0f} CPU s" if tuning else taken
         config = mine[0]["config"]
-        keys = ("learning_rate", "standard_weight", "box_ratio", "awp_kind", "awp_unit", "awp_member")
-        active = ("awp_kind", "awp_unit", "awp_member") if config.get("awp_radius") else ()
-        chosen = [f"{k} {config[k]}" for k in keys if k in config and (not k.startswith("awp") or k in active)]
+        flat = config | config.get("compression_set", {})
+        keys = ("learning_rate", "standard_weight", "box_ratio", "low", "high", "member_fraction", "refresh_every")
+        chosen = [f"{k} {flat[k]}" for k in keys if k in flat]
         step = 1000 * costs[min(mine[0]["setting"], len(costs) - 1)]
         print(
             f"| `{method}` | {len(mine)} | {mine[0]['epochs']} | {cpu:.0f} ({clock:.0f}) | {step:.1f} | {tried} | "
