@@ -55,6 +55,7 @@ class Estimate:
     study: Spread
     disk_bytes: int
     free_bytes: int
+    seeds: int = 1
 
 
 def estimate(space: Space, data: DataSet, untrained: Network, run: Path, address: str | None) -> Estimate:
@@ -67,7 +68,7 @@ def estimate(space: Space, data: DataSet, untrained: Network, run: Path, address
     return Estimate(
         trials, training, verification, space.verification.bound in DEAR_BOUNDS, shares.training, shares.verifiers,
         _study(list(training.values()), verification, trials, shares),
-        disk_bytes(space, data, untrained), free_bytes(run),
+        disk_bytes(space, data, untrained), free_bytes(run), space.search.seeds,
     )  # fmt: skip
 
 
@@ -81,7 +82,8 @@ def disk_bytes(space: Space, data: DataSet, untrained: Network) -> int:
     lines += EPOCH_BYTES * int(space.base["train"]["epochs"])
     kept = space.search.trials if space.search.keep == "all" else min(space.search.trials, ON_FRONT)
     networks = 2 * kept + STATE_NETWORKS * (space.search.concurrency or 1)
-    return space.search.trials * lines + networks * len(pack(untrained)) + PAGE_BYTES
+    again = space.search.seeds * min(space.search.trials, ON_FRONT)  # replicates, and front points on fresh samples
+    return (space.search.trials + again) * lines + networks * len(pack(untrained)) + PAGE_BYTES
 
 
 def free_bytes(run: Path) -> int:
@@ -114,11 +116,13 @@ def print_estimate(console: Console, found: Estimate, *, as_json: bool) -> None:
     console.print(table)
     study = found.study
     dear = "; alpha and branch come on top" if found.dear else ""
+    more = f"; search.seeds: up to {found.seeds - 1} more trainings of every front member on top"
     for line in (
         f"verification of a trial: at least {duration_text(found.verification)} of a verifier (an untrained network; "
         f"trained ones leave more to the bounds{dear})",
         f"study: {found.trials} trials, {found.at_once} training at once beside {found.verifiers} verifier(s): about "
-        f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})",
+        f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})"
+        + (more if found.seeds > 1 else ""),
         f"disk: about {size_text(found.disk_bytes)}B of {size_text(found.free_bytes)}B free",
         f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each at the final radius; without the "
         "start of Ray and of trials, and as if trials did not slow each other down",
