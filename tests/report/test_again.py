@@ -160,11 +160,11 @@ def test_progress_counts_no_replicate_as_a_trial(tmp_path: Path) -> None:
     space = small_space()
     where = Console(file=io.StringIO(), width=200)
     progress = StudyProgress(space, read_records(write_run(tmp_path / "run", space, later(space))), console=where)
-    before, points = progress.ended, len(progress.points)
+    before, leading = progress.ended, len(progress.leading.points)
     for event in _after(space):
         progress.event(event)
     text = where.file.getvalue()  # type: ignore[attr-defined]
-    assert (progress.ended, len(progress.points)) == (before, points) == (6, 12)
+    assert (progress.ended, len(progress.leading.points)) == (before, leading) == (6, 6)
     assert "t0006-s2 started: seed 2 of t0006" in text
     assert "t0006-s2 complete: a replicate of t0006" in text
     assert "t0006 int8: 80.0% certified on 60 fresh samples" in text

@@ -17,6 +17,7 @@ from cactus_ray.search.replicates import replicate_seed
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, with_front, write_tables
 from cactus_ray.search.study import Study
+from cactus_ray.search.upkeep import Upkeep
 
 FRESH = (5, 6, 7)
 LARGER = {**MEASURES, "bytes": 1500}
@@ -271,3 +272,25 @@ def test_explain_tells_of_seeds_and_of_fresh_samples(tmp_path: Path) -> None:
     assert (found["of"], found["replicate"]) == (good, 2)
     assert found["points"][0]["certified_accuracy"] == pytest.approx(2 / 3)
     assert found["points"][0]["original"]["certified_accuracy"] == 1.0
+
+
+def test_upkeep_keeps_the_leader_and_no_replicate(tmp_path: Path) -> None:
+    asked = space(seeds=2)
+    upkeep = Upkeep(asked, RunStore(tmp_path), Records())
+    study = Study(asked, RunStore(tmp_path), Records(), [0, 1, 2], [upkeep.event])
+    study.begin({"name": "course", "seed": 0}, REFERENCE)
+    good, bad = searched(study)
+    start = started(study)
+    chunks = study.trained(start.id, {"last": b"replicate"}, "last", 1, 2.0)
+    assert study.checkpoint(start.id).is_file()
+    for chunk in chunks:
+        study.verified(mixed(chunk, 9, measures={**MEASURES, "bytes": 1}))  # better than all, and yet no candidate
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"{good}.safetensors"]
+    upkeep.write()
+    assert [(r["trial"], r["on_front"]) for r in table(tmp_path / "points.csv")] == [
+        (good, "True"), (good, "True"), (bad, "False"), (bad, "False"),
+    ]  # fmt: skip
+    for verdicts in (True, False):
+        records = read_records(tmp_path, verdicts=verdicts)
+        assert records.damaged_lines == 0
+        assert records.trials[start.id].ledger == {"ibp": pytest.approx(0.4)}
