@@ -50,7 +50,7 @@ def parse(kind: type[T], data: Any, path: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(path or "(top)", data, f"a mapping with keys {', '.join(f.name for f in fields(kind))}")  # type: ignore[arg-type]
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     for key in data:
         if key not in known:
             raise ConfigError(_join(path, key), data[key], f"no such key; one of {', '.join(known)}")

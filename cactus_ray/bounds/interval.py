@@ -110,7 +110,7 @@ def step(node: Node, params: Params, inputs: list[Box], statistics: Statistics |
                 scale = params[f"{node.name}.scale"]
             return Box(apply_node(node, params, [x.center], statistics), x.radius * per_channel(scale.abs(), x.radius))
         case "relu":
-            center, radius = torch.broadcast_tensors(x.center, x.radius)
+            center, radius = torch.broadcast_tensors(x.center, x.radius)  # type: ignore[no-untyped-call]
             return Box(*_ReLU.apply(center, radius))  # type: ignore[no-untyped-call]
         case "leaky_relu" | "max_pool2d" | "quantize":
             return Box.between(apply_node(node, params, [x.lower]), apply_node(node, params, [x.upper]))
@@ -156,7 +156,7 @@ def _sliced(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type != "cpu" or first.numel() <= _SLICE:
         return iter((tensors,))
     images = max(1, _SLICE * len(first) // first.numel())
-    return zip(*(tensor.split(images) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, images) for tensor in tensors), strict=True)
 
 
 def mixing(graph: Graph) -> dict[str, int]:

@@ -67,10 +67,12 @@ class Desk:
                 self.take_mail()
                 for found in self.pool.poll(POLL_SECONDS):
                     self._judge(found)
+                with self.lock:
+                    self._offer(self.study.afterwards())
                 self.name_pending()
                 self.stay_alive()
                 self.over = self.study.budget.over()
-                if self.over and self.study.in_flight:
+                if self.over and (self.study.in_flight or self.study.after.verifying):
                     self._end_tune()  # trials in flight stay as they are in the records, for a later driver
                     return
                 if self.interrupted is not None and time.monotonic() - self.interrupted > INTERRUPT_SECONDS:
@@ -197,8 +199,7 @@ class Desk:
                 "be trusted"
             )
         self.pool.drop(chunk.trial)
-        if chunk.trial in self.study.verifying:
-            self.study.failed(chunk.trial, found.error)
+        self.study.refused(chunk.trial, found.error)
 
     def _held(self, trial: str, group: str, late: bool) -> None:
         """A trial holds the resources of its workers; what an attempt holds that was given up is freed at once."""

@@ -62,6 +62,7 @@ class Estimate:
     disk_bytes: int
     free_bytes: int
     packing: Packing | None
+    seeds: int = 1
 
 
 def estimate(space: Space, data: DataSet, untrained: Network, run: Path, driver: DriverOptions) -> Estimate:
@@ -74,7 +75,7 @@ def estimate(space: Space, data: DataSet, untrained: Network, run: Path, driver:
     return Estimate(
         trials, training, verification, space.verification.bound in DEAR_BOUNDS, shares.training, shares.verifiers,
         _study(list(training.values()), verification, trials, shares),
-        disk_bytes(space, data, untrained), free_bytes(run), packing,
+        disk_bytes(space, data, untrained), free_bytes(run), packing, space.search.seeds,
     )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def disk_bytes(space: Space, data: DataSet, untrained: Network) -> int:
     lines += EPOCH_BYTES * int(space.base["train"]["epochs"])
     kept = space.search.trials if space.search.keep == "all" else min(space.search.trials, ON_FRONT)
     networks = 2 * kept + STATE_NETWORKS * (space.search.concurrency or 1)
-    return space.search.trials * lines + networks * len(pack(untrained)) + PAGE_BYTES
+    again = space.search.seeds * min(space.search.trials, ON_FRONT)  # replicates, and front points on fresh samples
+    return (space.search.trials + again) * lines + networks * len(pack(untrained)) + PAGE_BYTES
 
 
 def free_bytes(run: Path) -> int:
@@ -124,11 +126,13 @@ def print_estimate(console: Console, found: Estimate, *, as_json: bool) -> None:
         text = packing_text({"event": "packing", **found.packing.to_dict()})
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     dear = "; alpha and branch come on top" if found.dear else ""
+    more = f"; search.seeds: up to {found.seeds - 1} more trainings of every front member on top"
     for line in (
         f"verification of a trial: about {duration_text(found.verification)} of a verifier (as an untrained network "
         f"takes{dear})",
         f"study: {found.trials} trials, {found.at_once} training at once beside {found.verifiers} verifier(s): about "
-        f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})",
+        f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})"
+        + (more if found.seeds > 1 else ""),
         f"disk: about {size_text(found.disk_bytes)}B of {size_text(found.free_bytes)}B free",
         f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each at the final radius; as if trials "
         "and verifiers did not slow each other down",

@@ -28,6 +28,7 @@ from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
 from cactus_ray.report.tracking_actor import tracking
 from cactus_ray.search.evaluate import at_level
+from cactus_ray.search.fresh import fresh_samples
 from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.space import NAME, Space, load_space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
@@ -37,7 +38,10 @@ from cactus_ray.search.warm import past_of
 
 LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
 WORST_SECONDS = 86_400.0
-_MAY_CHANGE = ("search.trials", "search.points", "search.keep", "data.root", "wandb", "resources")
+_MAY_CHANGE = (
+    "search.trials", "search.points", "search.seeds", "search.fresh_samples", "search.keep", "data.root", "wandb",
+    "resources",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +74,16 @@ def search(space: Space, options: SearchOptions) -> Records:
         past = _past(space, options, records, reference)
         count = None if space.samples == "selection" else int(space.samples)
         samples = subset(len(data.labels["selection"]), count).tolist()
+        fresh, none_fresh = fresh_samples(space, len(data.labels["selection"]))
         with StudyProgress(space, records, enabled=options.progress) as progress:
             study = Study(
                 space, store, records, samples, [progress.event, upkeep.event],
-                epoch_costs(example, lambda run: _untrained(run, data, options)),
+                epoch_costs(example, lambda run: _untrained(run, data, options)), fresh,
             )  # fmt: skip
             if not records.study:
                 warm = {"source": options.source, "study": options.source_study} if options.source else None
-                study.begin(describe(space, data) | {"init": _digest(options.driver.init), "from": warm}, reference)
+                begin = {"init": _digest(options.driver.init), "from": warm, "none_fresh": none_fresh}
+                study.begin(describe(space, data) | begin, reference)
             if past is not None:
                 study.work()
                 study.warm(past)

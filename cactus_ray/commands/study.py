@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cactus_ray.commands.report import space_of
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.report.again import again_lines
 from cactus_ray.report.tables import parameters_text
 from cactus_ray.search.explain import explain as explained
 from cactus_ray.search.optuna_file import write_storage
@@ -38,7 +39,7 @@ def queue(console: Console, run: Path, values: Mapping[str, str], *, as_json: bo
         if plain.items() <= trial.parameters.items():
             raise UserError(f"--set: trial {trial.id} has these values already ({trial.status}); expected others")
     suggest(run, point)
-    left = max(space.search.trials - len(records.trials), 0)
+    left = max(space.search.trials - len(records.drawn()), 0)
     if as_json:
         console.print_json(json.dumps({"run": str(run), "values": plain, "trials_left": left}))
         return
@@ -59,6 +60,8 @@ def explain(console: Console, run: Path, trial: str, *, as_json: bool) -> None:
         return
     lines = [f"{trial}: {found['reason']}", f"values: {parameters_text(found['parameters'])} ({found['origin']})"]
     lines += [found["note"]] if found["note"] else []
+    if "of" in found:
+        lines += [f"a replicate: {found['of']} again, its seed number {found['replicate']} ({found['seed']})"]
     lines += [f"objective {name}: {value:.4g}" for name, value in found.get("objectives", {}).items()]
     for name, violation in found["constraints"].items():
         lines.append(f"constraint {name}: " + (f"not met, by {violation:.4g}" if violation > 0 else "met"))
@@ -69,8 +72,12 @@ def explain(console: Console, run: Path, trial: str, *, as_json: bool) -> None:
 
 
 def _point_lines(point: Mapping[str, Any]) -> list[str]:
+    if "original" in point:
+        pairs = ((column, point[column], value) for column, value in point["original"].items())
+        words = ", ".join(f"{column} {value:.6g} (the first seed: {first:.6g})" for column, value, first in pairs)
+        return [f"{point['level']}: {words}"]
     if point["on_front"]:
-        return [f"{point['level']}: on the front"]
+        return [f"{point['level']}: on the front", *(f"  {line}" for line in again_lines(point))]
     rivals = point["dominated_by"]
     lines = [f"{point['level']}: dominated by {len(rivals)} point(s) of the front"]
     for rival in rivals[:SHOWN_RIVALS]:

@@ -43,7 +43,7 @@ def complete_trials(space: Space, records: Records) -> list[Complete]:
             t.id, t.parameters, {o.metric: t.metrics[o.metric] for o in space.objectives},
             all(violation <= 0 for violation in feasible(t.metrics, space.constraints).values()),
         )
-        for t in records.trials.values()
+        for t in records.drawn()
         if t.status == "completed" and all(o.metric in t.metrics for o in space.objectives)
     ]  # fmt: skip
 
@@ -134,6 +134,7 @@ def compute(records: Records, leading: set[str]) -> dict[str, float]:
     for trial in records.trials.values():
         outcome = {"completed": "dominated trials", "stopped": "stopped trials", "failed": "failed trials"}
         name = "trials on the front" if trial.id in leading else outcome.get(trial.status, "trials under way")
+        name = "replicates" if trial.of is not None else name
         found[f"training: {name}"] = found.get(f"training: {name}", 0.0) + train_seconds(trial)
     found |= {f"verification: {stage}": seconds for stage, seconds in records.ledger().items()}
     return {name: seconds for name, seconds in found.items() if seconds > 0}

@@ -17,9 +17,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
-from cactus_ray.report import figures, insight, tables
+from cactus_ray.report import again, figures, insight, tables
 from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
+from cactus_ray.search.replicates import seen_again
 from cactus_ray.search.samplers import MODEL_TRIALS
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, read_records, with_front
@@ -48,7 +49,7 @@ def write_page(run: Path) -> Path:
 
 def render(run: Path, space: Space, records: Records) -> str:
     """The page as text. ``run`` is only named, in the commands that the page proposes."""
-    points = with_front(records, space.front)
+    points = seen_again(records, with_front(records, space.front), space.front)
     importances_, importance_note = _importances(space, records)
     charts = _charts(space, records, points, importances_)
     seconds = tables.seconds_by_trial(records)
@@ -61,6 +62,9 @@ def render(run: Path, space: Space, records: Records) -> str:
         "front_words": _and([_words(column) for column in space.front]),
         "rows": tables.point_rows(points),
         "columns": tables.POINT_COLUMNS,
+        "again_notes": [f"{note[0].upper()}{note[1:]}." for note in again.again_notes(records, points)],
+        "again_rows": again.again_rows(points),
+        "again_columns": again.COLUMNS,
         "example": tables.example_command(run, points, space.front),
         "front_trials": tables.front_trials(run, records, points),
         "importance_note": importance_note,
@@ -107,6 +111,8 @@ def _charts(
     if points:
         charts["front"] = figures.front_figure(points, space.threat.epsilon, broken_trials(space, records))
         charts["curves"] = figures.curves_figure(points)
+    if again.of_front(points):
+        charts["again"] = again.again_figure(points, space.threat.epsilon)
     if any(importances.values()):
         charts["importances"] = figures.importances_figure({k: v for k, v in importances.items() if v})
     complete = insight.complete_trials(space, records)
@@ -126,7 +132,7 @@ def _charts(
 
 def _importances(space: Space, records: Records) -> tuple[dict[str, dict[str, float]], str]:
     """Importances by objective, and what may be read from them."""
-    complete = sum(t.status == "completed" for t in records.trials.values())
+    complete = sum(t.status == "completed" for t in records.drawn())
     try:
         found = importances(space, records)
     except UserError as error:
@@ -151,7 +157,7 @@ def _status(records: Records) -> dict[str, str]:
 
 def _numbers(space: Space, records: Records, points: Sequence[figures.Point]) -> list[tuple[str, str]]:
     front = [p for p in points if p["on_front"]]
-    complete = sum(t.status == "completed" for t in records.trials.values())
+    complete = sum(t.status == "completed" for t in records.drawn())
     numbers = [("trials complete", f"{complete} of {space.search.trials}"), ("points", str(len(points)))]
     if front:
         numbers += [
@@ -172,8 +178,10 @@ def _hypervolume(space: Space, records: Records, points: Sequence[figures.Point]
 
 def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> list[tuple[str, str]]:
     """What was asked and how it was measured, one line each."""
-    states = {s: sum(t.status == s for t in records.trials.values()) for s in ("completed", "failed", "stopped")}
-    open_ = len(records.trials) - sum(states.values())
+    drawn, others = records.drawn(), records.replicates()
+    states = {s: sum(t.status == s for t in drawn) for s in ("completed", "failed", "stopped")}
+    open_ = len(drawn) - sum(states.values())
+    again_ = f"; {sum(t.status == 'completed' for t in others)} of {len(others)} replicates" if others else ""
     low, high = space.threat.domain
     verifier = space.to_dict()["verification"]
     model = space.base["model"]
@@ -188,7 +196,7 @@ def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> l
         (
             "trials",
             ", ".join([*(f"{n} {s}" for s, n in states.items()), f"{open_} running"])
-            + f" ({_sampler(space, records)})",
+            + f" ({_sampler(space, records)}){again_}",
         ),
         (
             "samples",
@@ -204,7 +212,7 @@ def _sampler(space: Space, records: Records) -> str:
     past = sum(len(event["trials"]) for event in records.past)
     if past:
         words += f"; {past} past trials of {_and([str(event['source']) for event in records.past])}"
-    if limit is not None and past + len(records.trials) > limit:
+    if limit is not None and past + len(records.drawn()) > limit:
         words += f"; its model: the newest and the non-dominated {limit:,} trials"
     return words
 

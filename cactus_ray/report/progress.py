@@ -50,7 +50,7 @@ class StudyProgress:
         self.space, self.enabled = space, enabled
         self.console = console or Console(stderr=True)
         self.lock = threading.RLock()
-        self.ended = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
+        self.ended = sum(t.status in ("completed", "failed", "stopped") for t in records.drawn())
         points = records.points()
         self.leading = Front(space.front, points)
         self.samples: int | None = points[0]["samples"] if points else None
@@ -96,7 +96,9 @@ class StudyProgress:
     def _on_started(self, event: Mapping[str, Any]) -> None:
         self.open[event["trial"]] = _Trial()
         if not self.live:
-            self._say(f"{event['trial']} started: {parameters_text(event['parameters'])}")
+            what = parameters_text(event["parameters"])
+            what = f"seed {event['replicate']} of {event['of']}" if "of" in event else what
+            self._say(f"{event['trial']} started: {what}")
         if event.get("note"):
             self._say(f"{event['trial']} is {event['note']}")
 
@@ -142,6 +144,9 @@ class StudyProgress:
             trial.verified += count
 
     def _on_completed(self, event: Mapping[str, Any]) -> None:
+        if "of" in event:
+            self._end(event, f"complete: a replicate of {event['of']}")
+            return
         self.leading.add(event["points"])
         self.samples = event["points"][0]["samples"]
         own = [p for p in self.leading.points if p["trial"] == event["trial"]]
@@ -149,6 +154,13 @@ class StudyProgress:
         share = f"{len(own)} of {len(event['points'])} points on the front"
         what = f"{best['certified_accuracy']:.1%} certified ({best['level']}, {size_text(best['bytes'])}B)"
         self._end(event, f"complete: up to {what}; {share}")
+
+    def _on_reevaluated(self, event: Mapping[str, Any]) -> None:
+        if "error" in event:
+            self._say(f"{event['trial']} not verified on fresh samples: {event['error']}")
+        for point in event["points"]:
+            share = f"{point['certified_accuracy']:.1%} certified on {point['samples']} fresh samples"
+            self._say(f"{event['trial']} {point['level']}: {share}")
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
         self._end(event, f"failed: {event['error']}")
@@ -158,7 +170,7 @@ class StudyProgress:
 
     def _end(self, event: Mapping[str, Any], text: str) -> None:
         self.open.pop(event["trial"], None)
-        self.ended += 1
+        self.ended += "of" not in event  # a replicate is no trial of the search
         self._say(f"{event['trial']} {text} [{self._done_text()}]")
 
     # --- what is shown

@@ -108,7 +108,7 @@ def trial_rows(space: Space, records: Records) -> list[list[Cell]]:
                 *([_met(space, trial)] if space.constraints else []),
                 Cell(str(_epochs(trial)), str(_epochs(trial))),
                 _number(train, lambda v: f"{v:.1f}"), _number(verify, lambda v: f"{v:.1f}"),
-                Cell(parameters_text(trial.parameters), parameters_text(trial.parameters), True),
+                Cell(_asked(trial), _asked(trial), True),
             ]
         )  # fmt: skip
     return rows
@@ -131,7 +131,7 @@ def lost_trials(records: Records) -> list[dict[str, Any]]:
     return [
         {
             "id": trial.id, "status": trial.status, "epochs": _epochs(trial),
-            "reason": trial.error or "no reason recorded", "parameters": parameters_text(trial.parameters),
+            "reason": trial.error or "no reason recorded", "parameters": _asked(trial),
         }
         for trial in records.trials.values()
         if trial.status in ("failed", "stopped")
@@ -140,6 +140,11 @@ def lost_trials(records: Records) -> list[dict[str, Any]]:
 
 def _epochs(trial: TrialRecord) -> int:
     return max((int(e["epoch"]) for e in trial.epochs), default=0)
+
+
+def _asked(trial: TrialRecord) -> str:
+    """What was asked of a trial: its values, or whom it repeats."""
+    return f"seed {trial.replicate} of {trial.of}" if trial.of else parameters_text(trial.parameters)
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:

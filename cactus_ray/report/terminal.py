@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cactus_ray.report.again import again_notes
 from cactus_ray.report.figures import Point, size_text, upper_end
 from cactus_ray.report.progress import StudyProgress
 from cactus_ray.report.tables import ledger_text, packing_text, seconds_by_trial, spent_hours
+from cactus_ray.search.replicates import seen_again
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, TrialRecord, with_front
 from cactus_ray.verification.verdict import wilson
@@ -55,7 +57,7 @@ def status_table(records: Records) -> Table:
         mean = trial.metrics.get("mean_certified_accuracy")
         cells = (
             trial.id, trial.status, _epochs(trial), f"{_verdicts(trial):,}",
-            "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", trial.error or "",
+            "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", _note(trial),
         )  # fmt: skip
         table.add_row(*(Text(str(cell)) for cell in cells))
     return table
@@ -63,7 +65,8 @@ def status_table(records: Records) -> Table:
 
 def print_front(console: Console, run: Path, records: Records, *, as_json: bool) -> None:
     """Print the front of a run, and where its page lies. Raises UserError where the folder holds no space."""
-    points = with_front(records, load_space(run / "space.yaml").front)
+    goals = load_space(run / "space.yaml").front
+    points = seen_again(records, with_front(records, goals), goals)
     front = [p for p in points if p["on_front"]]
     if as_json:
         _print_json(console, {"run": str(run), **_counts(records), "points": len(points), "front": to_json(front)})
@@ -74,6 +77,8 @@ def print_front(console: Console, run: Path, records: Records, *, as_json: bool)
         console.print(front_table(points))
         sizes = " to ".join(size_text(f(p["bytes"] for p in front)) for f in (min, max))
         console.print(f"{len(front)} of {len(points)} points, {sizes} bytes (k = 1,000)", highlight=False, markup=False)
+    for note in again_notes(records, front):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {run / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -92,6 +97,8 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
     console.print(
         f"{space.name}: {counts['status']}; of {space.search.trials} trials {states}", highlight=False, markup=False
     )
+    if again := ", ".join(f"{number} {state}" for state, number in counts.get("replicates", {}).items()):
+        console.print(f"replicates: {again}", highlight=False, markup=False)
     hours = ", ".join(f"{value:.3g} {kind}" for kind, value in spent_hours(space, records).items() if value > 0)
     if hours:
         console.print(f"hours: {hours}", highlight=False, markup=False)
@@ -122,12 +129,14 @@ def _print_json(console: Console, value: Mapping[str, Any]) -> None:
 
 
 def _counts(records: Records) -> dict[str, Any]:
-    states = [trial.status for trial in records.trials.values()]
+    states = [trial.status for trial in records.drawn()]
     status = str(records.finished.get("status")) if records.finished else "running, or ended without a last word"
     if records.finished and records.finished.get("reason"):
         status += f" ({records.finished['reason']})"
     order = ("completed", "trained", "running", "stopped", "failed")
-    return {"status": status, "trials": {state: states.count(state) for state in order if state in states}}
+    found = {"status": status, "trials": {state: states.count(state) for state in order if state in states}}
+    again = [trial.status for trial in records.replicates()]
+    return found | ({"replicates": {state: again.count(state) for state in order if state in again}} if again else {})
 
 
 def _trial_json(space: Space, trial: TrialRecord) -> dict[str, Any]:
@@ -137,6 +146,10 @@ def _trial_json(space: Space, trial: TrialRecord) -> dict[str, Any]:
         "verifier_seconds": trial.ledger, "error": trial.error, "parameters": trial.parameters,
         "metrics": trial.metrics,
     }  # fmt: skip
+
+
+def _note(trial: TrialRecord) -> str:
+    return "; ".join(filter(None, (f"seed {trial.replicate} of {trial.of}" if trial.of else "", trial.error)))
 
 
 def _verdicts(trial: TrialRecord) -> int:

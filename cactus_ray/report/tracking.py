@@ -192,7 +192,9 @@ class Tracker:
         self._trial(event).summary.update({"train_seconds": event["train_seconds"], "epochs": event["epochs"]})
 
     def _on_completed(self, event: Mapping[str, Any]) -> None:
-        if not any(p["trial"] == event["trial"] for p in self.points):  # the records may have had them already
+        if "of" not in event and not any(
+            p["trial"] == event["trial"] for p in self.points
+        ):  # the records may have had them already
             self.points += [dict(point) for point in event["points"]]
         self._check(str(event["trial"]), event["metrics"])
         self._end(event, {**_finite(event["metrics"]), "status": "completed"}, 0)

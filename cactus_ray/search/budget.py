@@ -42,7 +42,7 @@ class Budget:
     def __init__(self, space: Space, records: Records, clock: Callable[[], float] = time.monotonic) -> None:
         self.search, self.resources, self.clock = space.search, space.resources, clock
         self.begun, self.earlier = clock(), sum(records.drivers)
-        self.started = len(records.trials)
+        self.started = len(records.drawn())
         self.work = copy.deepcopy(records.work)
         self.training = {trial.id: train_seconds(trial) for trial in records.trials.values()}
         self.trained = sum(self.training.values())
@@ -52,7 +52,7 @@ class Budget:
         self.plateau = Plateau(space.front, space.search.plateau_gain)
         self.plateau.reference = records.study.get("reference_point", {})
         if self.search.plateau is not None:
-            complete = [t for t in records.trials.values() if t.status == "completed"]
+            complete = [t for t in records.drawn() if t.status == "completed"]
             for trial in sorted(complete, key=lambda t: t.ended or 0.0):
                 self.plateau.add(trial.points)
 
@@ -65,16 +65,16 @@ class Budget:
         match event["event"]:
             case "study":
                 self.plateau.reference = event["reference_point"]
-            case "started":
+            case "started" if "of" not in event:  # replicates count in hours alone
                 self.started += 1
             case "trained":
                 spent = self.training.get(event["trial"], 0.0)
                 self._train(event["trial"], max(float(event["train_seconds"]) - spent, 0.0))
-            case "verdicts":
+            case "verdicts" | "fresh":
                 self.verifying += sum(float(s or 0.0) for s in event.get("ledger", {}).values())
             case "lost":
                 self.verifying += float(event.get("seconds") or 0.0)
-            case "completed" if self.search.plateau is not None:
+            case "completed" if self.search.plateau is not None and "of" not in event:
                 self.plateau.add(event["points"])
 
     def _train(self, trial: str, seconds: float) -> None:

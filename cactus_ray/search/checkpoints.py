@@ -46,7 +46,7 @@ def prune_checkpoints(
     the ``Leaders``. ``cactus-ray train --trial`` makes any of them again.
     """
     leaders = Leaders(front, constraints)
-    for trial in records.trials.values():
+    for trial in records.drawn():
         if trial.status == "completed":
             leaders.add(trial.id, trial.points, trial.metrics)
     leading = leaders.trials

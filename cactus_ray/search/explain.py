@@ -9,15 +9,20 @@ from cactus_ray.errors import UserError
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import losses
 from cactus_ray.search.records import Records, TrialRecord
+from cactus_ray.search.replicates import seen_again
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import with_front
 
 Row = dict[str, Any]
+_LATER, _SPREAD = ("seeds", "over_seeds", "fresh_"), ("_mean", "_min", "_max")
+"""Columns of what was found out after the search."""
 
 
 def explain(space: Space, records: Records, trial: str) -> Row:
     """What became of a trial, as plain data: ``status``, ``reason``, ``constraints`` (violation by name, more than 0 is
-    not met), and per point ``on_front`` or the front's points that dominate it, with what they gain per column.
+    not met), and per point ``on_front`` or the front's points that dominate it, with what they gain per column; with
+    replicates and fresh samples what they say of it (``replicates.seen_again``). Points of a replicate stand beside
+    those of the trial that it repeats.
 
     Raises UserError for a trial that the run does not have.
     """
@@ -28,15 +33,30 @@ def explain(space: Space, records: Records, trial: str) -> Row:
     found: Row = {
         "trial": trial, "status": record.status, "origin": record.origin, "note": record.note,
         "reason": _reason(record), "parameters": dict(record.parameters),
-    }  # fmt: skip
+    } | _repeats(record)  # fmt: skip
     if record.status != "completed":
         return found | {"constraints": {}, "points": []}
-    points = with_front(records, space.front)
+    points = seen_again(records, with_front(records, space.front), space.front)
+    if record.of is not None:  # no candidate: beside its original
+        originals = {p["level"]: p for p in points if p["trial"] == record.of}
+        return found | {
+            "constraints": {},
+            "points": [_beside(p, originals[p["level"]], space.front) for p in record.points],
+        }
     return found | {
         "constraints": feasible(record.metrics, space.constraints),
         "objectives": {o.metric: record.metrics.get(o.metric) for o in space.objectives},
         "points": [_point(p, points, space.front) for p in points if p["trial"] == trial],
     }
+
+
+def _repeats(record: TrialRecord) -> Row:
+    return {} if record.of is None else {"of": record.of, "replicate": record.replicate, "seed": record.seed}
+
+
+def _beside(point: Mapping[str, Any], original: Mapping[str, Any], front: Mapping[str, str]) -> Row:
+    values = {column: point[column] for column in front}
+    return {"level": point["level"], **values, "original": {column: original[column] for column in front}}
 
 
 def _reason(record: TrialRecord) -> str:
@@ -58,6 +78,7 @@ def _point(point: Mapping[str, Any], points: Sequence[Mapping[str, Any]], front:
     """One point; of those that dominate it, the ones on the front, the closest one first."""
     found: Row = {"level": point["level"], "on_front": bool(point["on_front"]), "dominated_by": []}
     found |= {column: point[column] for column in front}
+    found |= {column: point[column] for column in point if column.startswith(_LATER) or column.endswith(_SPREAD)}
     if point["on_front"]:
         return found
     leading = [p for p in points if p["on_front"]]

@@ -26,7 +26,7 @@ def importances(space: Space, records: Records) -> dict[str, dict[str, float]]:
     UserError if a trial was drawn from another space.
     """
     complete: list[tuple[dict[str, Any], tuple[float, ...]]] = []
-    for trial in records.trials.values():
+    for trial in records.drawn():
         found = told(space, trial.parameters, trial.metrics) if trial.status == "completed" else None
         if found is None:
             continue

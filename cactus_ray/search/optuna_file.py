@@ -26,7 +26,7 @@ def write_storage(space: Space, records: Records, file: Path) -> None:
         goals = [o.goal for o in space.objectives]
         study = optuna.create_study(study_name=space.name, directions=goals, storage=storage)
         study.set_metric_names([o.metric for o in space.objectives])
-        study.add_trials([t for r in records.trials.values() if (t := _frozen(space, r)) is not None])
+        study.add_trials([t for r in records.drawn() if (t := _frozen(space, r)) is not None])
 
 
 def _frozen(space: Space, record: TrialRecord) -> optuna.trial.FrozenTrial | None:

@@ -84,7 +84,8 @@ def _beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
     if not len(rows) or not len(rivals):
         return np.zeros(len(rows), dtype=bool)
     theirs, mine = rivals[None, :, :], rows[:, None, :]
-    return np.asarray(((theirs <= mine).all(axis=2) & (theirs < mine).any(axis=2)).any(axis=1), dtype=bool)
+    beats: npt.NDArray[np.bool_] = np.all(theirs <= mine, axis=2) & np.any(theirs < mine, axis=2)
+    return np.asarray(np.any(beats, axis=1), dtype=bool)
 
 
 def hypervolume(values: Array, reference: Array | Sequence[float]) -> float:

@@ -27,7 +27,7 @@ COLUMNS = (
 )  # fmt: skip
 EVENTS = (
     "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
-    "finished", "driver", "past", "begun", "died", "alive", "packing", "oom",
+    "finished", "driver", "past", "begun", "died", "alive", "packing", "oom", "fresh", "reevaluated",
 )  # fmt: skip
 BLOCK = 256
 _VERDICTS = b'{"event":"verdicts","trial":"'
@@ -50,6 +50,9 @@ class TrialRecord:
     epoch for halving, in epochs of the study's reference; ``worked``: seconds of training in all (``search.work``);
     ``deaths``: furthest epoch -> how often the process that trained it died before the next one; ``gpus``: GPUs of a
     worker that it last trained on, where it had any; ``lacks``: how often it ran out of their memory beside others.
+    A replicate repeats the configuration of the trial ``of`` as its ``replicate``-th seed (the trial itself is the
+    first).
+    ``again``: verdicts and points of the same network on samples that the search did not use.
     """
 
     id: str
@@ -83,6 +86,9 @@ class TrialRecord:
     note: str | None = None
     gpus: float | None = None
     lacks: int = 0
+    of: str | None = None
+    replicate: int = 1
+    again: TrialRecord | None = None
 
 
 @dataclass(slots=True)
@@ -106,8 +112,16 @@ class Records:
     work: Work = field(default_factory=Work, repr=False, compare=False)
 
     def points(self) -> list[dict[str, Any]]:
-        """One row per (trial, level) of the completed trials."""
-        return [point for trial in self.trials.values() if trial.status == "completed" for point in trial.points]
+        """One row per (trial, level) of the completed trials that the search drew."""
+        return [point for trial in self.drawn() if trial.status == "completed" for point in trial.points]
+
+    def drawn(self) -> list[TrialRecord]:
+        """The trials that the search drew: all but replicates."""
+        return [trial for trial in self.trials.values() if trial.of is None]
+
+    def replicates(self) -> list[TrialRecord]:
+        """The trials that repeat one of the search with another seed."""
+        return [trial for trial in self.trials.values() if trial.of is not None]
 
     def ledger(self) -> dict[str, float]:
         """Seconds of verifiers by stage, over all trials, whatever became of them."""
@@ -251,7 +265,7 @@ def _start(records: Records, event: dict[str, Any]) -> bool:
     trial, number = event.get("trial"), event.get("number")
     if not isinstance(trial, str) or not isinstance(number, int):
         return False
-    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost", "origin", "note")
+    keys = ("parameters", "config", "config_hash", "seed", "epoch_cost", "origin", "note", "of", "replicate")
     known = {key: event[key] for key in keys if key in event}
     records.trials[trial] = TrialRecord(trial, number, started=event.get("time"), **known)
     return True
@@ -330,6 +344,25 @@ def _level_results(event: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return levels if fits else None
 
 
+def _fresh(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    """Verdicts on other samples: never among those of the search, but they cost as much."""
+    trial.again = trial.again or TrialRecord(trial.id, trial.number)
+    if not _verdicts(trial.again, event):
+        return False
+    _spend(trial, event.get("ledger", {}))
+    return True
+
+
+def _reevaluated(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    trial.again = trial.again or TrialRecord(trial.id, trial.number)
+    if fault_of_points(event):
+        return False
+    trial.again.error = event.get("error")
+    new = {point["level"]: point for point in event["points"]}
+    trial.again.points = [p for p in trial.again.points if p["level"] not in new] + list(new.values())
+    return True
+
+
 def _lost(trial: TrialRecord, event: dict[str, Any]) -> bool:
     chunk = str(event.get("chunk"))
     trial.losses[chunk] = trial.losses.get(chunk, 0) + 1
@@ -365,6 +398,7 @@ def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
 _TAKERS = {
     "begun": _noted, "died": _died, "epoch": _epoch, "rung": _rung, "trained": _trained, "verdicts": _verdicts,
     "lost": _lost, "spared": _spared, "completed": _completed, "failed": _failed, "stopped": _failed,
+    "fresh": _fresh, "reevaluated": _reevaluated,
 }  # fmt: skip
 
 
@@ -376,6 +410,14 @@ def fault_of(event: Mapping[str, Any]) -> str | None:
     for name, value in metrics.items():
         if not _finite(value):
             return f"metric {name} is {value!r}"
+    return fault_of_points(event)
+
+
+def fault_of_points(event: Mapping[str, Any]) -> str | None:
+    """Why the points of an event are not what points have to be; None if they are, also where there are none."""
+    points = event.get("points")
+    if not isinstance(points, Sequence):
+        return "no points"
     for point in points:
         if fault := _point_fault(point, event.get("trial")):
             return f"point {point.get('level')!r}: {fault}"

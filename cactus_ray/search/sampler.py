@@ -151,7 +151,7 @@ class OptunaSampler:
         Raises UserError if a trial was drawn from another space than this one.
         """
         self.warm([past_trial(row) for event in records.past for row in event["trials"]])
-        for record in sorted(records.trials.values(), key=lambda r: r.number):
+        for record in sorted(records.drawn(), key=lambda r: r.number):
             self._number = record.number
             try:
                 recorded = encoded(self.space, record.parameters)

@@ -68,6 +68,15 @@ class SearchSettings:
         minimum=1,
     )  # fmt: skip
     plateau_gain: float = setting(0.001, doc="relative gain in hypervolume that counts as an improvement", minimum=0.0)
+    seeds: int = setting(
+        1, doc="seeds per configuration on the front: after the search, until dominance is settled or all are used",
+        minimum=1,
+    )  # fmt: skip
+    fresh_samples: int | None = setting(
+        None, minimum=0,
+        doc="selection samples that the search did not use, on which front points are verified once more; default: as "
+        "many as it used, as far as there are any",
+    )  # fmt: skip
     keep: str = setting("front", doc="networks that are kept: those with a point on the front, or all", choices=KEEP)
 
 

@@ -94,7 +94,7 @@ class Simulated:
 
 def recorded_curves(records: Records) -> list[Curve]:
     """The whole curves of a run: trials that are complete and of which every epoch was recorded, as they were drawn."""
-    whole = (t for t in records.trials.values() if t.status == "completed" and _every_epoch(t))
+    whole = (t for t in records.drawn() if t.status == "completed" and _every_epoch(t))
     return [
         Curve(
             trial.parameters,

@@ -19,7 +19,8 @@ import filelock
 
 from cactus_ray.errors import UserError
 from cactus_ray.search.pareto import non_dominated
-from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, read_records
+from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, fault_of_points, read_records
+from cactus_ray.search.replicates import seen_again
 
 __all__ = [
     "COLUMNS",
@@ -60,18 +61,20 @@ class RunStore:
     def append(self, event: Mapping[str, Any]) -> None:
         """Write one event; it is on disk when this returns.
 
-        Non-finite numbers become null in ``epoch`` and ``verdicts`` events; anywhere else, and in points that are
-        incomplete or contradict themselves, they raise ValueError and nothing is written.
+        Non-finite numbers become null in ``epoch``, ``verdicts`` and ``fresh`` events; anywhere else, and in points
+        that are incomplete or contradict themselves, they raise ValueError and nothing is written.
         """
         kind = event.get("event")
         if kind not in EVENTS:
             raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
         if kind == "completed" and (fault := fault_of(event)):
             raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
+        if kind == "reevaluated" and (fault := fault_of_points(event)):
+            raise ValueError(f"points of trial {event.get('trial')} on fresh samples are refused: {fault}")
         try:
             append_line(self.file, event)
         except ValueError:  # hardly ever, so that not every one of many numbers is looked at
-            if kind not in ("epoch", "verdicts"):
+            if kind not in ("epoch", "verdicts", "fresh"):
                 raise
             append_line(self.file, _without_non_finite(event))
 
@@ -129,13 +132,18 @@ def with_front(records: Records, front: Mapping[str, str]) -> list[dict[str, Any
 def write_tables(run: str | Path, records: Records, front: Mapping[str, str]) -> None:
     """Write ``points.csv`` and ``front.csv`` anew from the records; each file is replaced as a whole.
 
-    Numbers are written so that they read back as the same float.
+    What replicates and fresh samples add (``replicates.seen_again``) are columns of their own, empty where there is
+    none; the points of replicates are rows of ``replicates.csv``, a file that exists once there is one. Numbers are
+    written so that they read back as the same float.
     """
-    points = with_front(records, front)
+    points = seen_again(records, with_front(records, front), front)
     extra = dict.fromkeys(column for p in points for column in p if column not in COLUMNS)
     columns = [*COLUMNS, *extra]
     _write_csv(Path(run) / "points.csv", columns, points)
     _write_csv(Path(run) / "front.csv", columns, [p for p in points if p["on_front"]])
+    rows = ((t, p) for t in records.replicates() for p in t.points)
+    if others := [{"of": t.of, **{c: p[c] for c in COLUMNS if c in p}, "on_front": False} for t, p in rows]:
+        _write_csv(Path(run) / "replicates.csv", ["of", *COLUMNS], others)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.errors import UserError
+from cactus_ray.search.afterwards import Afterwards
 from cactus_ray.search.attempts import DEATHS, Attempts
 from cactus_ray.search.budget import Budget
 from cactus_ray.search.chunks import (
@@ -28,6 +29,7 @@ from cactus_ray.search.chunks import (
     Worth,
     counts,
 )
+from cactus_ray.search.fresh import SPLIT as FRESH_SPLIT
 from cactus_ray.search.in_flight import forget_state, forget_states, keep_state
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import past_trial
@@ -67,7 +69,8 @@ class Study:
     A new study begins with an ``study`` event; given the records of an earlier driver it goes on: complete, failed and
     stopped trials are kept, trained ones are only verified where they have no verdict yet, and those that were training
     go on from the last state that was kept of them, or else are trained again with the same configuration. ``cost``: of
-    an epoch, for halving (see ``rungs.epoch_costs``); without it every epoch costs 1.
+    an epoch, for halving (see ``rungs.epoch_costs``); without it every epoch costs 1. ``fresh``: indices on which
+    front points are verified once more, after the search.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Study:
         samples: Sequence[int],
         listeners: Sequence[Listener] = (),
         cost: Cost | None = None,
+        fresh: Sequence[int] = (),
     ) -> None:
         self.space, self.store, self.listeners = space, store, list(listeners)
         self.sampler = OptunaSampler(space)
@@ -94,6 +98,7 @@ class Study:
             space.resources.dear_samples,
             space.verification.bound in DEAR_BOUNDS,
         )
+        self.after = Afterwards(space, store, records, replace(self.pieces, samples=tuple(fresh)))
         self.reference: dict[str, float] = dict(records.study.get("reference_point", {}))
         self.configs: dict[str, RunConfig] = {}
         self.numbers: dict[str, int] = {}
@@ -108,7 +113,7 @@ class Study:
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
         self.lowered = records.lowered
         self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
-        self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.trials.values())
+        self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.drawn())
         for trial in records.trials.values():
             self._take_up(trial)
         forget_states(store.path, {start.id for start in self.restart})
@@ -154,8 +159,19 @@ class Study:
     @property
     def done(self) -> bool:
         """Whether no trial will start any more and none is in flight."""
+        if self.in_flight or self.after.verifying:
+            return False
+        return bool(self.budget.over() or (self.searched and not self.restart and self.after.settled()))
+
+    @property
+    def searched(self) -> bool:
+        """Whether the search itself is over: none of its trials is in flight, and none will start any more."""
         enough = self.finished >= self.space.search.trials or self.sampler.exhausted or self.budget.enough()
-        return not self.in_flight and bool(self.budget.over() or (enough and not self.restart))
+        return bool(enough) and not self._under_way() and not self.after.own(start.id for start in self.restart)
+
+    def _under_way(self) -> int:
+        """Trials in flight that count as trials of the search."""
+        return len(self.after.own((*self.training, *self.verifying)))
 
     def next_trial(self) -> TrialStart | None:
         """The next trial to train, recorded as started; None if there is none to start."""
@@ -166,9 +182,8 @@ class Study:
             kept, attempt = self.attempts.next(start.id, start.config)
             start = replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
         else:
-            if self.finished + self.in_flight >= self.space.search.trials or self.budget.enough():
-                return None
-            drawn = self._draw()
+            drawn = None if self.budget.enough() else self._draw()
+            drawn = drawn or self._replicate()
             if drawn is None:
                 return None
             start = drawn
@@ -178,7 +193,7 @@ class Study:
 
     def _draw(self) -> TrialStart | None:
         """Ask the sampler until it proposes a configuration that can be built; refused ones are recorded as failed."""
-        while self.finished + self.in_flight < self.space.search.trials:
+        while self.finished + self._under_way() < self.space.search.trials:
             self.sampler.enqueue(self.suggested.new())
             suggestion = self.sampler.ask()
             if suggestion is None:
@@ -199,7 +214,25 @@ class Study:
             return self._start(trial, suggestion.number, config)
         return None
 
+    def _replicate(self) -> TrialStart | None:
+        """The next replicate, once the search is over. The sampler and ``search.trials`` know nothing of it."""
+        wanted = self.after.next() if self.searched else None
+        if wanted is None:
+            return None
+        number = self.numbers[wanted.id] = self.numbers[wanted.of]
+        event, config = self.after.started(wanted, number, self.rungs.epoch_cost)
+        self._emit(event)
+        return self._start(wanted.id, number, config)
+
+    def afterwards(self) -> list[Chunk]:
+        """What is to be verified on fresh samples, once the search is over; nothing when asked again."""
+        if not self.searched or self.budget.over():
+            return []
+        return [chunk for state in self.after.begin() for chunk in self._look_again(state.trial)]
+
     def _start(self, trial: str, number: int, config: RunConfig) -> TrialStart:
+        if trial in self.after.of:  # to be compared with its original, which went to its end
+            return TrialStart(trial, number, config)
         return TrialStart(trial, number, config, self.rungs.asked(config), self.rungs.scored(config))
 
     # --- what happens
@@ -237,7 +270,8 @@ class Study:
         ended = {"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}
         self._emit(ended | ({} if gpus is None else {"gpus": gpus}))
         self.attempts.reach(trial, epoch)
-        if (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
+        own = trial not in self.after.of
+        if own and (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
             self._emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
         return self.rungs.stopped(trial) is None
 
@@ -274,7 +308,7 @@ class Study:
 
     def given_up(self, chunk: Chunk, reason: str, labels: Sequence[int]) -> list[Chunk]:
         """Nobody will verify a chunk: its samples are UNKNOWN for ``reason``. Returns what has to be verified next."""
-        state = self.verifying.get(chunk.trial)
+        state = self.verifying.get(chunk.trial) or self.after.verifying.get(chunk.trial)
         if state is None:
             return []
         levels = tuple(level for level in chunk.levels if level not in state.spared)
@@ -310,6 +344,13 @@ class Study:
             return []
         return [] if state.open else self._advance(chunk.trial)
 
+    def refused(self, trial: str, error: str) -> None:
+        """The network of a trial cannot be verified at all."""
+        if trial in self.verifying:
+            self.failed(trial, error)
+        elif trial in self.after.verifying:
+            self._emit(self.after.seen(trial, error))
+
     def lost(self, chunk: Chunk, reason: str, seconds: float) -> None:
         """A verifier died or hung with a chunk, after so many seconds."""
         self._emit(
@@ -317,7 +358,8 @@ class Study:
         )  # fmt: skip
 
     def _take(self, chunk: Chunk, levels: Mapping[str, LevelResult], more: Mapping[str, Any]) -> list[Chunk]:
-        state = self.verifying.get(chunk.trial)
+        fresh = chunk.trial not in self.verifying
+        state = self.after.verifying.get(chunk.trial) if fresh else self.verifying[chunk.trial]
         if state is None or chunk.id not in state.open:
             return []
         found = {
@@ -325,12 +367,14 @@ class Study:
         }
         self._emit(
             {
-                "event": "verdicts", "trial": chunk.trial, "chunk": chunk.id, "stage": chunk.stage,
-                "split": "selection", "levels": found, **more,
+                "event": "fresh" if fresh else "verdicts", "trial": chunk.trial, "chunk": chunk.id,
+                "stage": chunk.stage, "split": FRESH_SPLIT if fresh else "selection", "levels": found, **more,
             }
         )  # fmt: skip
         state.take(chunk, levels)
-        return [] if state.open else self._advance(chunk.trial)
+        if state.open:
+            return []
+        return self._look_again(chunk.trial) if fresh else self._advance(chunk.trial)
 
     def _advance(self, trial: str) -> list[Chunk]:
         """The next chunks of a trial of which nothing is open; without any it is complete."""
@@ -340,9 +384,18 @@ class Study:
             self._complete(trial, state)
         return chunks
 
+    def _look_again(self, trial: str) -> list[Chunk]:
+        """The next chunks of a trial on fresh samples; without any, what was found is recorded."""
+        chunks = self.after.next_chunks(trial)
+        if not chunks:
+            self._emit(self.after.seen(trial))
+        return chunks
+
     def _may_reach_the_front(self, point: Mapping[str, Any]) -> bool:
         """Whether dear verification of a point can matter to the front; if not, who beats it is recorded."""
         trial, level = point["trial"], point["level"]
+        if trial in self.after.of:
+            return self.after.worth(point)
         state = self.verifying[trial]
         if level in state.spared:
             return False
@@ -363,10 +416,11 @@ class Study:
         points = [self._point(trial, level, state) for level in self.space.levels]
         metrics = trial_metrics(points, state.train_seconds, self.space.front, self.reference)
         self._emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
-        self.rivals.add(points)
         del self.verifying[trial]
-        self.finished += 1
-        self.sampler.tell(self.numbers[trial], metrics, "completed")
+        if trial not in self.after.of:
+            self.rivals.add(points)
+            self.finished += 1
+            self.sampler.tell(self.numbers[trial], metrics, "completed")
 
     def _point(self, trial: str, level: str, state: Verification) -> dict[str, Any]:
         config = self.configs[trial]
@@ -395,8 +449,9 @@ class Study:
         self.training.discard(trial)
         forget_state(self.store.path, trial)
         self.verifying.pop(trial, None)
-        self.finished += 1
-        self.sampler.tell(self.numbers[trial], None, status)
+        if trial not in self.after.of:
+            self.finished += 1
+            self.sampler.tell(self.numbers[trial], None, status)
 
     def warm(self, past: Mapping[str, Any]) -> None:
         """Take up completed trials of another study (``search.warm``), before the first trial is drawn."""
@@ -418,7 +473,7 @@ class Study:
         self._emit({"event": "finished", "status": status, "seconds": seconds} | ({"reason": reason} if reason else {}))
 
     def _emit(self, event: Event) -> None:
-        event = {**event, "time": time.time()}
+        event = {**self.after.event(event), "time": time.time()}
         self.said = time.monotonic()
         self.store.append(event)
         self.budget.event(event)

@@ -38,9 +38,9 @@ class Table:
     def __init__(self, front: Mapping[str, str], records: Records) -> None:
         self.front = Front(front)
         self.columns = list(COLUMNS)
-        self.points: dict[str, list[dict[str, Any]]] = {name: [] for name in records.trials}
+        self.points: dict[str, list[dict[str, Any]]] = {trial.id: [] for trial in records.drawn()}
         self.texts: dict[int, tuple[str, str]] = {}  # of a point, by its id: what is before and after ``on_front``
-        for trial in records.trials.values():
+        for trial in records.drawn():
             if trial.status == "completed":
                 self._take(trial.id, trial.points)
         self.front.add(records.points())
@@ -90,7 +90,7 @@ class Upkeep:
         self.store, self.keep = store, space.search.keep
         self.table = Table(space.front, records)
         self.leaders = Leaders(space.front, space.constraints)
-        for trial in records.trials.values():
+        for trial in records.drawn():
             if trial.status == "completed":
                 self.leaders.add(trial.id, trial.points, trial.metrics)
         if self.keep == "front":  # what a killed driver left behind
@@ -102,7 +102,10 @@ class Upkeep:
     def event(self, event: Event) -> None:
         """Take up one event of the study."""
         kind = event["event"]
-        if kind == "started":
+        if "of" in event:  # a replicate: no candidate, so its network goes when it has ended
+            if kind in ("completed", "failed", "stopped"):
+                self._delete([event["trial"]])
+        elif kind == "started":
             with self.lock:
                 self.table.start(event["trial"])
         elif kind == "completed":

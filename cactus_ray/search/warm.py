@@ -64,7 +64,7 @@ def _of_run(
     for key, value in to_dict(space.verification).items():
         if (other := to_dict(there.verification).get(key)) != value:
             notes.append(f"verification.{key} is {other} there and {value} here, so certified accuracies differ by it")
-    complete = [t for t in records.trials.values() if t.status == "completed"]
+    complete = [t for t in records.drawn() if t.status == "completed"]
     return [(t.id, _fitted(t, space, reference)) for t in complete], notes
 
 
