@@ -58,12 +58,12 @@ def test_parallel_coordinates_have_a_line_per_trial_and_finite_numbers(space: Sp
 def test_compute_is_split_by_what_became_of_it(space: Space, records: Records) -> None:
     leading = {p["trial"] for p in with_front(records, space.front) if p["on_front"]}
     spent = insight.compute(records, leading)
-    assert spent["training: failed trials"] == pytest.approx(1.5)
+    assert spent["training: failed trials"] == pytest.approx(1.5 + 1.0)  # an epoch, and a second until it failed
     assert spent["training: stopped trials"] == pytest.approx(1.5)
     assert spent["training: trials on the front"] == pytest.approx(9.0 * len(leading))
     assert spent["verification: attack"] == pytest.approx(0.9 * 5)
     total = sum(seconds for name, seconds in spent.items() if name.startswith("training"))
-    assert total == pytest.approx(5 * 9.0 + 3.0)
+    assert total == pytest.approx(5 * 9.0 + 4.0)
     bars = insight.compute_figure(spent).data[0]
     assert sum(bars.x) == pytest.approx(sum(spent.values()))
 
