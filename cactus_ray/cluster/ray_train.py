@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 try:
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -66,7 +67,5 @@ class _Lean(TorchTrainer):  # type: ignore[misc]
 
 def free(group: str) -> None:
     """Remove a placement group by its id; nothing happens if it is gone."""
-    known = ray.util.placement_group_table()
-    if known.get(group, {}).get("state") not in (None, "REMOVED"):
-        identity = ray.PlacementGroupID(bytes.fromhex(group))
-        ray.util.remove_placement_group(ray.util.placement_group.PlacementGroup(identity))
+    if placement_group_table().get(group, {}).get("state") not in (None, "REMOVED"):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

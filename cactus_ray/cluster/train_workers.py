@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import tempfile
 import time
 import traceback
@@ -179,22 +178,10 @@ def _handed_state(trial: dict[str, Any], mailbox: Any) -> bytes | None:
 
 
 def _run_loop(run: dict[str, Any], job: TrainJob, **options: Any) -> TrainResult:
-    _spare_compiler()
     config = parse(RunConfig, run)
     init = unpack(job.init, "the initial network") if job.init is not None else None
     data = load(config.data, ("train", "selection"))
     return train(config, data, init=init, trust_code=job.trust_code, **options)
-
-
-def _spare_compiler() -> None:
-    """Keep optimisers from importing torch's compiler, for seconds in each new process, only to switch it off.
-
-    Nothing here compiles an optimiser; where torch changes what this relies on, the seconds are lost again.
-    """
-    for method in vars(torch.optim.Optimizer).values():
-        inner = getattr(method, "__wrapped__", None)
-        if inspect.isfunction(inner) and not hasattr(inner, "__dynamo_disable"):
-            inner.__dynamo_disable = inner  # type: ignore[attr-defined]
 
 
 def _scored(epoch: EpochReport, trial: dict[str, Any]) -> dict[str, Any]:
