@@ -122,6 +122,8 @@ def assert_ledger_makes_sense(records: Records, search: Search) -> None:
         assert training[trial.id] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_three_kills_change_no_network_and_repeat_no_verdict(tmp_path: Path) -> None:
     short = {"train": {"epochs": 6, "batch_size": 32}, "search": {**SPACE["search"], "trials": 2}}
     file, run = tmp_path / "tiny.yaml", tmp_path / "runs" / "tiny"
