@@ -29,8 +29,11 @@ def merged(graph: Graph, params: Params, statistics: Statistics | None) -> tuple
 
     ``statistics`` as in ``graph.forward``. A kernel is far smaller than what it makes, so scaling it is cheaper, above
     all in the backward pass. The merged node bears the batch norm's name: visitors see the same boxes under it.
-    Unlike ``fold_batch_norm``, which serves what is deployed, gradients flow, and also into ``statistics``.
+    Unlike ``fold_batch_norm``, which serves what is deployed, gradients flow, and also into ``statistics``. A network
+    that quantises activations stays as it is: another rounding in front of a code may give another code.
     """
+    if any(node.op == "quantize" for node in graph.nodes):
+        return graph, params
     readers: dict[str, int] = {}
     for node in graph.nodes:
         for name in node.inputs:

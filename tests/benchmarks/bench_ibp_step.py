@@ -109,6 +109,7 @@ def their_step(run: Run) -> Callable[[], float]:
     plain = build(config.model, SHAPE, CLASSES, generator=torch.Generator())
     plain.load_state_dict({k: v.detach().clone() for k, v in run.params.items()}, strict=False)
     model = BoundedModule(plain.train(), images, bound_opts={"bn": {"mode": "forward"}})
+    model.train()  # the conversion of a one-dimensional batch norm leaves evaluation mode behind
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     ball = PerturbationLpNorm(
         norm=float("inf"), x_L=(images - EPSILON).clamp(0, 1), x_U=(images + EPSILON).clamp(0, 1)
