@@ -27,7 +27,7 @@ from cactus_ray.cluster.train_workers import TorchWorkers
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
 from cactus_ray.training import methods, perturb
-from cactus_ray.training.evaluate import level_accuracies
+from cactus_ray.training.evaluate import level_scores
 from cactus_ray.training.loop import EpochReport, train
 from cactus_ray.training.state import unpack_state
 from cactus_ray.training.step import Step
@@ -110,7 +110,7 @@ def worker(given: dict[str, Any]) -> None:
     result = train(config, load(config.data, ("train", "selection")), report=report, workers=workers)
     network, test = result.network, load(config.data, ("train", "test")).split("test")
     accuracies = {
-        level: level_accuracies(network.graph, network.params, level, test, config.threat, workers=Alone())
+        level: level_scores(network.graph, network.params, level, test, config.threat, workers=Alone())[:2]
         for level in LEVELS
     }
     seconds = [metrics["seconds"] for metrics in result.history]

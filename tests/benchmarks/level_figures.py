@@ -15,7 +15,7 @@ from cactus_ray.data import calibration, load
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network
 from cactus_ray.search.evaluate import at_level
-from cactus_ray.training.evaluate import level_accuracies
+from cactus_ray.training.evaluate import level_scores
 from cactus_ray.training.workers import Alone
 from cactus_ray.verification.cascade import verify
 from cactus_ray.verification.hints import Hints
@@ -44,7 +44,7 @@ def deployed(network: Network, level: str, data: DataConfig, threat: ThreatConfi
         texts.append(str(replace(parsed, rebn=True)))
         found = load(data, ("train", "selection"))
         scores = [
-            level_accuracies(network.graph, network.params, text, found.split("selection"), threat, workers=Alone(),
+            level_scores(network.graph, network.params, text, found.split("selection"), threat, workers=Alone(),
                              calibration=calibration(found))[1]
             for text in texts
         ]  # fmt: skip

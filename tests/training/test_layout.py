@@ -113,3 +113,33 @@ def test_relu_of_a_box_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(found.upper, expected.upper)
     gradients = [torch.autograd.grad(value(box), (center, radius)) for box in (found, expected)]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+class Strided(nn.Module):
+    """A block with the shortcut of a residual network: a strided convolution of one pixel, of four channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()
+        self.conv2, self.short = nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Conv2d(4, 8, 1, stride=2)
+        self.out = nn.Linear(128, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv1(x))
+        return self.out(self.relu(self.conv2(x) + self.short(x)).flatten(1))
+
+
+def test_gradients_through_strided_kernels_of_one_pixel_are_right() -> None:
+    torch.manual_seed(0)
+    graph, params = trace(Strided(), (1, 8, 8))
+    images = torch.rand(32, 1, 8, 8)
+
+    def gradients(of: Params, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(graph, of, x).square().sum(), leaves(of))
+
+    params = {k: v.requires_grad_() for k, v in params.items()}
+    exact = {k: v.detach().double().requires_grad_() for k, v in params.items()}
+    expected = gradients(exact, images.double())
+    found = torch.autograd.grad(forward(graph, channels_last(params), images).square().sum(), leaves(params))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
