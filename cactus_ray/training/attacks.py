@@ -30,7 +30,9 @@ def pgd(
     reaches the weights. ``statistics``: batch-norm statistics to use instead of the running ones.
     """
     with torch.no_grad():
-        graph, fixed = merged(graph, channels_last(params), statistics)
+        fixed = channels_last(params)
+        if not torch.is_autocast_enabled(start.device.type):  # batch norm stays in float32, apart from its convolution
+            graph, fixed = merged(graph, fixed, statistics)
     fixed = {name: tensor.detach() for name, tensor in fixed.items()}
     frozen = {name: (mean.detach(), var.detach()) for name, (mean, var) in (statistics or {}).items()}
     lower, upper = ball.lower, ball.upper

@@ -55,8 +55,9 @@ def test_batch_norm_and_loss_of_the_attack_stay_in_float32(monkeypatch: pytest.M
                 Graph(nodes, (1, 4, 4)), params, labels, region,
                 steps=3, step_size=0.05, start=torch.full_like(images, 0.5),
             )  # fmt: skip
-        expected = torch.float32 if name == "float32" else torch.bfloat16
-        assert (seen["conv"], seen["bn"], losses[-1]) == (expected, torch.float32, torch.float32)
+        assert (seen["bn"], losses[-1]) == (torch.float32, torch.float32)
+        if name == "bf16":  # in float32 the two are one node
+            assert seen["conv"] == torch.bfloat16
         assert points[name].dtype == torch.float32
         assert (points[name] >= region.lower).all()
         assert (points[name] <= region.upper).all()
