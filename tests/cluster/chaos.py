@@ -127,10 +127,21 @@ def leftovers(seconds: float = 180.0) -> dict[int, str]:
     """Processes below this one, of those that came after ``adopting``, that are still there after so many seconds."""
 
     def now() -> dict[int, str]:
+        _bury()
         return {pid: line for pid, line in below(os.getpid()).items() if pid not in _others}
 
     wait_for(lambda: not now(), seconds)
     return now()
+
+
+def _bury() -> None:
+    """Take note of the ends of adopted processes, as init would: to Ray's workers a raylet that nobody buried is alive."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in _others:
+            with contextlib.suppress(OSError, IndexError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state == "Z" and int(parent) == os.getpid():
+                    os.waitpid(int(entry.name), os.WNOHANG)
 
 
 def plain_network(config: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def test_under_a_new_driver_training_goes_on_and_gives_the_same_network(tmp_path
         search.start()
         assert wait_for(lambda: any((run / FOLDER).glob("t0001-*.safetensors")), 200), search.log.read_text()
         search.kill_driver(signal.SIGKILL)
-        leftovers()  # so that the next driver need not share the machine with them
+        assert leftovers() == {}
     assert read_records(run).trials["t0001"].status == "running"
     assert len(list(storage.iterdir())) == 1
     subprocess.run([*search.command[:4], "--resume", "tiny", *options], check=True, capture_output=True, timeout=300)

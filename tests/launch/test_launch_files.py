@@ -154,7 +154,7 @@ def slurm(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=240,
     )
 
 
