@@ -135,7 +135,7 @@ def leftovers(seconds: float = 180.0) -> dict[int, str]:
 
 
 def _bury() -> None:
-    """Take note of the ends of adopted processes, as init would: to Ray's workers a raylet that nobody buried is alive."""
+    """Bury the adopted, as init would: Ray's workers take a raylet that is a zombie for alive."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) not in _others:
             with contextlib.suppress(OSError, IndexError):
