@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ def slurm(environment: dict[str, str], *arguments: str) -> subprocess.CompletedP
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=90,
+        # a shell cannot trap what was ignored when it began, as SIGINT is in the background of another shell
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
