@@ -9,6 +9,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    """What a test draws from torch's default generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

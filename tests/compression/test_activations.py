@@ -162,7 +162,11 @@ def test_rounding_twice_without_a_layer_is_refused() -> None:
             pooled = self.pool(self.first(x))
             return self.one(pooled.flatten(1)) + self.two(torch.relu(pooled).flatten(1))
 
-    graph, params = trace(Twice(), (1, 6, 6))
+    module = Twice()
+    with torch.no_grad():  # one channel below zero, one above: the ReLU's range is not that of the pooling
+        module.first.weight.fill_(0.1)
+        module.first.bias.copy_(torch.tensor([-2.0, 1.0]))
+    graph, params = trace(module, (1, 6, 6))
     with pytest.raises(UnsupportedGraphError, match="rounded already"):
         materialize(graph, params, LEVEL, (torch.rand(20, 1, 6, 6), torch.zeros(20, dtype=torch.long)))
 
