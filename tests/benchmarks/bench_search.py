@@ -10,7 +10,7 @@ was recorded; one that never gets as far as random search counts as infinite. ``
 wait and may go on later, from where they were. The last lines compare searches with successive halving by one metric,
 whichever of these metrics is best.
 
-Sizes at rungs lie in a file of their own (``NAME.sizes.jsonl``), for the first epochs; later rungs see the last ones.
+Sizes at rungs may lie in a file of their own (``NAME.sizes.jsonl``); rungs beyond its epochs see those of its last one.
 """
 
 from __future__ import annotations

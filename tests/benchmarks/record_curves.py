@@ -10,8 +10,9 @@ Draws ``--count`` configurations with the random sampler (the paper's points are
 trains every one to its end whatever it shows, scores the proxies of halving at every level after every epoch, and
 verifies all levels at the end with the space's own settings. The file: a header, then one line per configuration;
 accuracies as counts of samples, times in milliseconds of processor time of one thread, so that load does not distort
-them. Goes on where the file ends; two runs with ``--shard 0/2`` and ``--shard 1/2`` may share one file. ``--sizes 2``
-records, in a file of its own, only the sizes of all levels after each of the first two epochs.
+them. Goes on where the file ends; two runs with ``--shard 0/2`` and ``--shard 1/2`` may share one file. ``--sizes 8``
+records, in a file of its own, only the sizes of all levels after each of the first eight epochs, for older recordings
+that lack them.
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ def recorded(space: Space, config: RunConfig, data: DataSet) -> dict[str, Any]:
     """One configuration, trained to the end: counts after every epoch and after verification, and what all that cost.
 
     ``train``: ms by epoch. ``seen``: by epoch, [right, IBP-certified] of the scored images by level. ``proxy``: ms by
-    level, of all epochs. ``verify``: ms by level, its network and file included. A loss that is not finite ends it.
+    level, of all epochs. ``sizes``, ``sizing``: see ``sized``. ``verify``: ms by level, its network and file included.
+    A loss that is not finite ends it.
     """
     levels, scored = space.levels, min(config.train.proxy_samples, len(data.labels["selection"]))
     spent: list[int] = []
     seen: list[list[list[int | None]]] = []
-    proxy = dict.fromkeys(levels, 0.0)
+    proxy, sizing = dict.fromkeys(levels, 0.0), dict.fromkeys(levels, 0.0)
+    sizes: list[list[list[int]]] = []
     clock = time.process_time()
 
     def report(epoch: EpochReport) -> bool:
@@ -88,6 +91,7 @@ def recorded(space: Space, config: RunConfig, data: DataSet) -> dict[str, Any]:
             row.append([count_of(value, scored) for value in found.values()])
             proxy[level] += time.process_time() - begun
         seen.append(row)
+        sizes.append(sizes_of(space, config, data, epoch, sizing))
         clock = time.process_time()
         return True
 
@@ -97,27 +101,35 @@ def recorded(space: Space, config: RunConfig, data: DataSet) -> dict[str, Any]:
         found = verified(space, result.network, data)
     except NonFiniteLossError as error:
         found = {"error": str(error)}
-    return {"train": spent, "seen": seen, "proxy": [round(1000 * s) for s in proxy.values()], **found}
+    costs = {name: [round(1000 * s) for s in took.values()] for name, took in (("proxy", proxy), ("sizing", sizing))}
+    return {"train": spent, "seen": seen, "sizes": sizes, **costs, **found}
 
 
 def sized(space: Space, config: RunConfig, data: DataSet, epochs: int) -> dict[str, Any]:
-    """[bytes, ideal_bits] by level after each of the first epochs; ``sizing``: ms by level, of all these epochs."""
+    """``sizes``: [bytes, ideal_bits] by level after each of the first epochs; ``sizing``: ms by level, of all these."""
     found: list[list[list[int]]] = []
     spent = dict.fromkeys(space.levels, 0.0)
 
     def report(epoch: EpochReport) -> bool:
-        state = unpack_state(epoch.save())
-        network, row = Network(state.graph, state.params, config, data.class_names), []
-        for level in space.levels:
-            begun = time.process_time()
-            measures = at_level(network, level, space.data, space.threat.domain).measures
-            row.append([measures["bytes"], measures["ideal_bits"]])
-            spent[level] += time.process_time() - begun
-        found.append(row)
+        found.append(sizes_of(space, config, data, epoch, spent))
         return epoch.epoch < epochs
 
     train(config, data, report=report)
     return {"sizes": found, "sizing": [round(1000 * s) for s in spent.values()]}
+
+
+def sizes_of(
+    space: Space, config: RunConfig, data: DataSet, epoch: EpochReport, spent: dict[str, float]
+) -> list[list[int]]:
+    """[bytes, ideal_bits] by level of the network after an epoch; the seconds of each level are added to ``spent``."""
+    state = unpack_state(epoch.save())
+    network, found = Network(state.graph, state.params, config, data.class_names), []
+    for level in space.levels:
+        begun = time.process_time()
+        measures = at_level(network, level, space.data, space.threat.domain).measures
+        found.append([measures["bytes"], measures["ideal_bits"]])
+        spent[level] += time.process_time() - begun
+    return found
 
 
 def verified(space: Space, network: Network, data: DataSet) -> dict[str, Any]:
