@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from cactus_ray.errors import UserError
+from cactus_ray.errors import RunFailedError, UserError
 
 # Faster starts, cooperative ends and a quiet terminal.
 NAMESPACE = "cactus_ray"
@@ -36,17 +36,15 @@ def connected(
 ) -> Iterator[Mapping[str, float]]:
     """A Ray for the time of the block: the one at ``address``, or a local one that ends with the block.
 
-    Yields the cluster's resources. Raises UserError where nothing answers at ``address``.
+    Yields the cluster's resources. Raises UserError where nothing answers at ``address``, RunFailedError where a local
+    one does not start.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
         if address is None:
-            # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
-            ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
-                     log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
-            _close_token_file()
+            _begin(cpus, gpus)
         else:
             _join(address)
     try:
@@ -59,6 +57,21 @@ def node_shapes() -> dict[str, dict[str, float]]:
     """CPUs and GPUs of every node that is alive, by its id."""
     alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     return {name: {kind: float(has.get(kind, 0.0)) for kind in ("CPU", "GPU")} for name, has in alive.items()}
+
+
+def _begin(cpus: int | None, gpus: int | None) -> None:
+    try:
+        # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
+        ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
+                 log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
+    except Exception as error:  # Ray has no class of its own for this
+        if "timed out during startup" not in str(error):
+            raise
+        raise RunFailedError(
+            "Ray did not start within half a minute, as on a machine that is busy with other work or out of memory; "
+            f"expected it up. What is finished is kept: the same command goes on ({error})"
+        ) from error
+    _close_token_file()
 
 
 def _enough_cpus() -> int | None:
