@@ -147,7 +147,7 @@ class Workers:
             size = int(SIZES[place] * (0.7 + 0.6 * self._quality(f"{chunk.trial} size")))
             levels[level] = LevelResult(rows, {"bytes": size, "ideal_bits": 8 * size, "macs": 100_000}, 1.0)
         result = ChunkResult(chunk, levels, {"attack": 3.0, "ibp": 1.0, "crown": 1.0, "overhead": 0.5})
-        completes = len(self.study.verifying[chunk.trial].open) == 1
+        completes = len(self.study.verification.states[chunk.trial].open) == 1
         with self.times.of("record of a trial" if completes else "verdicts of a chunk"):
             chunks = self.study.verified(result)
         self._verify(chunks)
@@ -185,9 +185,10 @@ class Run:
         self.part += 1
         if what:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            leading = len(study.verification.rivals.leading.points)
             complete, points = len(upkeep.table.texts) // len(asked.levels), len(upkeep.table.texts)
             print(
-                f"{what}, {sampler}: {complete} complete, {points} points, {len(study.rivals.leading.points)} on the "
+                f"{what}, {sampler}: {complete} complete, {points} points, {leading} on the "
                 f"front; records read in {read - begin:.1f} s, study rebuilt in {ready - read:.1f} s; "
                 f"peak memory {memory:.2f} GiB; trials.jsonl {store.file.stat().st_size / 2**20:.0f} MiB"
             )

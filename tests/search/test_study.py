@@ -187,7 +187,7 @@ def test_a_silent_driver_says_now_and_then_that_it_works(
     study = begin(space, tmp_path)
     now = time.monotonic()
     for later, lines in ((ALIVE_SECONDS - 1, 1), (ALIVE_SECONDS + 1, 2), (ALIVE_SECONDS + 2, 2)):
-        monkeypatch.setattr("cactus_ray.search.study.time.monotonic", lambda later=later: now + later)
+        monkeypatch.setattr("cactus_ray.search.journal.time.monotonic", lambda later=later: now + later)
         study.alive()
         assert (tmp_path / "trials.jsonl").read_bytes().count(b"\n") == lines
     assert read_records(tmp_path).damaged_lines == 0

@@ -43,7 +43,7 @@ def test_only_what_the_cheap_stage_left_open_is_verified_dearly(dear_space: Spac
     ]
     assert read_records(tmp_path).trials[trial].status == "trained"
     study.verified(result(dear[0], "CERTIFIED", "branch"))
-    assert study.verifying
+    assert study.verification.states
     study.verified(result(dear[1], "UNKNOWN", "nodes"))
     point = read_records(tmp_path).trials[trial].points[0]
     assert (point["n_certified"], point["n_unknown"], point["samples"]) == (2, 1, 3)
@@ -80,7 +80,7 @@ def test_dear_work_can_be_skipped_where_it_cannot_matter(dear_space: Space, tmp_
         return bool(point["level"] == "int8")
 
     study = begin(dear_space, tmp_path)
-    study.worth = worth
+    study.verification.worth = worth
     trial, dear = cheap_stage(study)
     assert [(c.indices, c.levels) for c in dear] == [((0,), ("int8",)), ((1,), ("int8",))]
     assert asked == [("dense", 2), ("int8", 2)]
@@ -112,7 +112,7 @@ def test_dear_work_that_others_overtook_while_it_waited_is_withdrawn(dear_space:
     assert study.still_worth(waiting) == ()
     assert study.withdrawn(waiting) == []
     assert study.withdrawn(waiting) == []  # a second word changes nothing
-    assert study.verifying
+    assert study.verification.states
     assert study.given_up(last, "budget", [0]) == []
     record = read_records(tmp_path).trials[slow]
     assert (record.status, record.spared) == ("completed", {level: [best, "dense"] for level in ("dense", "int8")})
@@ -124,7 +124,7 @@ def test_dear_work_that_others_overtook_while_it_waited_is_withdrawn(dear_space:
 def test_levels_that_are_still_worth_it_are_verified_without_the_others(dear_space: Space, tmp_path: Path) -> None:
     study = begin(dear_space, tmp_path)
     trial, (first, last) = cheap_stage(study)
-    study.worth = lambda point: bool(point["level"] == "int8")
+    study.verification.worth = lambda point: bool(point["level"] == "int8")
     assert study.still_worth(first) == ("int8",)
     for chunk in (first, last):
         found = result(chunk, "CERTIFIED", "branch")
