@@ -403,8 +403,12 @@ def simulate(
     ranking: Annotated[str, typer.Option(help="hypervolume, crowding or epsilon_net.")] = "hypervolume",
     by: Annotated[str | None, typer.Option(help="Rank at rungs by this one metric of an epoch instead.")] = None,
     promote: Annotated[
-        bool, typer.Option("--promote", help="Trials that fall behind wait and may go on (simulated only).")
-    ] = False,
+        bool | None,
+        typer.Option("--promote/--stop", help="Trials that fall behind wait, or stop; default: as the space says."),
+    ] = None,
+    rest: Annotated[
+        str | None, typer.Option(help="stop or promote: what waits at the end; default: as the space says.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Simulated workers.")] = 1,
     trials: Annotated[int | None, typer.Option(min=1, help="Whole trials of the random search beside it.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats with seeds 0, 1, ...")] = 10,
@@ -421,9 +425,11 @@ def simulate(
     plain = {"name": scheduler, "reduction": reduction, "min_epochs": min_epochs, "ranking": ranking}
     settings = parse(SchedulerSettings, plain, "scheduler")
     parse(SearchSettings, {"sampler": sampler})
+    if rest is not None:
+        parse(SchedulerSettings, {"rest": rest}, "scheduler")
     options = SimulateOptions(
         sampler=sampler, scheduler=settings, workers=workers, trials=trials, seeds=seeds, by=by, synthetic=synthetic,
-        promote=promote,
+        promote=promote, rest=rest,
     )  # fmt: skip
     simulate_run(out, run, options, as_json=as_json)
 

@@ -119,6 +119,8 @@ class Desk:
                     self.mailbox.answer.remote(sender, content["epoch"], self.study.epoch(trial, **content))
                 elif kind == "stopped":
                     self.study.stopped(trial, **content)
+                elif kind == "waits":
+                    self.study.waits(trial, **content)
                 elif kind == "trained":
                     self._offer(self.study.trained(trial, **content))
                 elif kind == "oom":
@@ -232,7 +234,10 @@ class Desk:
                     sender = self.senders[start.id] = sender_of(start.id, start.attempt)
                     if start.state is not None:
                         ray.get(self.mailbox.hand.remote(sender, start.state))
-                    rungs = {"asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels}
+                    rungs = {
+                        "asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels,
+                        "waits": self.study.rungs.halving.rules.promote,
+                    }  # fmt: skip
                     return {
                         "trial": start.id, "run": start.config.to_dict(), "rungs": rungs, "epoch": start.epoch,
                         "sender": sender, "gpus": shares.resources.gpus_per_worker,

@@ -9,8 +9,8 @@ import asyncio
 from typing import Any
 
 Message = tuple[str, str, dict[str, Any]]
-"""Kind ("holds", "begun", "epoch", "rung", "trained", "stopped", "failed", "oom", "saved"), sender, content."""
-ENDS = ("trained", "stopped", "failed", "oom")
+"""Kind ("holds", "begun", "epoch", "rung", "saved", or one of ``ENDS``), sender, content."""
+ENDS = ("trained", "stopped", "waits", "failed", "oom")
 
 
 def sender_of(trial: str, attempt: int) -> str:

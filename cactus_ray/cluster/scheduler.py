@@ -25,7 +25,8 @@ class MultiObjectiveASHA(FIFOScheduler):  # type: ignore[misc]
     ``metrics`` and ``goals`` ("maximize" or "max", "minimize" or "min") go together; ``time_attr``, ``max_t``,
     ``grace_period`` (the first rung) and ``reduction_factor`` mean what they mean in Ray's ASHAScheduler, whose
     arguments these are; ``max_t=None`` ends no trial. ``ranking``: hypervolume, crowding or epsilon_net, within a
-    front. ``constraints``: infeasible trials rank behind feasible ones. The rest: ``search.halving.Halving``.
+    front. ``constraints``: infeasible trials rank behind feasible ones. ``promote``: refused, because trials of others
+    can only be stopped; those of a study wait. The rest: ``search.halving.Halving``.
 
     A result without ``time_attr`` is passed over; a rung that sees a metric missing or not finite ranks the trial last.
     Give no ``metric`` and no ``mode`` to TuneConfig, and set TUNE_DISABLE_STRICT_METRIC_CHECKING=1 where results may
@@ -35,13 +36,17 @@ class MultiObjectiveASHA(FIFOScheduler):  # type: ignore[misc]
     def __init__(
         self, metrics: Sequence[str], goals: Sequence[str], *, time_attr: str = "training_iteration",
         max_t: float | None = None, grace_period: float = 1.0, reduction_factor: float = 3.0,
-        ranking: str = "hypervolume", constraints: Sequence[Constraint] = (),
+        ranking: str = "hypervolume", constraints: Sequence[Constraint] = (), promote: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(metrics, str) or len(metrics) != len(goals) or len(set(metrics)) != len(metrics):
             raise ValueError(f"metrics {metrics!r} and goals {goals!r}; expected a goal for each of different metrics")
         if max_t is not None and not max_t >= grace_period:
             raise ValueError(f"max_t is {max_t!r}; expected at least grace_period = {grace_period}, or None")
+        if promote:
+            raise ValueError(
+                "promote is True; expected False: only trials of a cactus_ray study can wait and go on later"
+            )
         pairs = zip(metrics, goals, strict=True)
         rules = Rules(
             goals={metric: _GOALS.get(goal, goal) for metric, goal in pairs}, constraints=tuple(constraints),

@@ -69,7 +69,8 @@ class TorchWorkers:
 def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str, Any]:
     """A Ray Tune trainable: trains ``config["run"]`` and mails epochs, the network or the failure to the driver.
 
-    ``config["rungs"]``: the epochs after which the proxies are measured at ``levels`` and the driver is asked.
+    ``config["rungs"]``: the epochs after which the proxies are measured at ``levels`` and the driver is asked; with
+    ``waits`` a trial that does not go on sends its state as it ends.
 
     ``config["gpus"]``: GPUs of a worker.
 
@@ -134,6 +135,7 @@ def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
     mailbox.put.remote(("begun", trial["sender"], {"epoch": trial["epoch"]}))
     torch.set_num_threads(job.threads)
     keeper = Keeper(trial["sender"], job.state_seconds, mailbox)
+    left: dict[str, Any] = {}
     device = "cuda" if trial["gpus"] > 0 and torch.cuda.is_available() else "cpu"
 
     def report(epoch: EpochReport) -> bool:
@@ -142,10 +144,12 @@ def _train_direct(trial: dict[str, Any], job: TrainJob, mailbox: Any) -> None:
         go_on = _mail_epoch(content, trial, mailbox)
         if go_on:
             keeper.keep(epoch)
+        else:
+            left.update(_left(epoch, trial))
         return go_on
 
     state = _handed_state(trial, mailbox)
-    _mail_result(trial, _run_loop(trial["run"], job, report=report, device=device, state=state), mailbox)
+    _mail_result(trial, _run_loop(trial["run"], job, report=report, device=device, state=state), left, mailbox)
 
 
 class Keeper:
@@ -202,11 +206,17 @@ def _mail_epoch(content: dict[str, Any], trial: dict[str, Any], mailbox: Any) ->
     return True
 
 
-def _mail_result(trial: dict[str, Any], result: TrainResult, mailbox: Any) -> None:
+def _left(epoch: EpochReport, trial: dict[str, Any]) -> dict[str, Any]:
+    """What is mailed at the end of a trial that does not go on, beside its seconds: its state if it may later."""
+    return {"epoch": epoch.epoch, "data": epoch.save()} if trial["rungs"]["waits"] else {}
+
+
+def _mail_result(trial: dict[str, Any], result: TrainResult, left: dict[str, Any], mailbox: Any) -> None:
     import ray
 
     if result.stopped:
-        ray.get(mailbox.put.remote(("stopped", trial["sender"], {"seconds": result.seconds})))
+        kind = "waits" if left else "stopped"
+        ray.get(mailbox.put.remote((kind, trial["sender"], {"seconds": result.seconds, **left})))
         return
     keep = parse(RunConfig, trial["run"]).train.keep
     networks = {"last": pack(result.last), "best": pack(result.best)}
@@ -256,6 +266,7 @@ def _worker(config: dict[str, Any]) -> None:
     workers = TorchWorkers()
     mailbox = config["mailbox"]
     keeper = Keeper(trial["sender"], job.state_seconds, mailbox)
+    left: dict[str, Any] = {}
     saved = _saved_state()
     state = _handed_state(trial, mailbox) if saved is None else saved
     if workers.rank == 0:
@@ -269,6 +280,7 @@ def _worker(config: dict[str, Any]) -> None:
         go_on = _mail_epoch(content, trial, mailbox)
         if not go_on:  # no checkpoint: a restarted worker repeats this epoch and is told the same
             ray.train.report(dict(epoch.metrics))
+            left.update(_left(epoch, trial))
             return False
         data = epoch.save()
         keeper.keep(epoch, data)
@@ -292,7 +304,7 @@ def _worker(config: dict[str, Any]) -> None:
         ray.get(mailbox.put.remote(_failure(error, trial)))  # here, before Ray Train tries the same again
         return
     if workers.rank == 0:
-        _mail_result(trial, result, mailbox)
+        _mail_result(trial, result, left, mailbox)
 
 
 def _saved_state() -> bytes | None:

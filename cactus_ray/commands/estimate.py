@@ -43,8 +43,8 @@ ROW_BYTES, EPOCH_BYTES, EVENT_BYTES, PAGE_BYTES = 64, 320, 2_000, 5_000_000
 """Bytes of a verdict's row, of an epoch's line and of a trial's other lines in ``trials.jsonl``; of ``report.html``."""
 ON_FRONT = 20
 """Networks that are taken to be on the front at once; the others are not kept."""
-STATE_NETWORKS = 10
-"""Networks that a trial in flight takes: five in a state, two states while one replaces the other."""
+STATE_NETWORKS = 5
+"""Networks that a state takes; a trial in flight has two of them while one replaces the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,16 @@ def estimate(space: Space, data: DataSet, untrained: Network, run: Path, driver:
 
 def disk_bytes(space: Space, data: DataSet, untrained: Network) -> int:
     """About how much a run of the space writes: networks (the chosen one and the other of last and best), states
-    of trials under way, records, tables and the page."""
+    of trials under way and, as far as any, of all that wait to be promoted, records, tables and the page."""
     samples = len(data.labels["selection"])
     if isinstance(space.samples, int):
         samples = min(samples, space.samples)
     lines = samples * len(space.levels) * ROW_BYTES + EVENT_BYTES
     lines += EPOCH_BYTES * int(space.base["train"]["epochs"])
     kept = space.search.trials if space.search.keep == "all" else min(space.search.trials, ON_FRONT)
-    networks = 2 * kept + STATE_NETWORKS * (space.search.concurrency or 1)
+    waits = space.search.scheduler.name != "none" and space.search.scheduler.promote
+    states = 2 * (space.search.concurrency or 1) + (space.search.trials if waits else 0)
+    networks = 2 * kept + STATE_NETWORKS * states
     again = space.search.seeds * min(space.search.trials, ON_FRONT)  # replicates, and front points on fresh samples
     return (space.search.trials + again) * lines + networks * len(pack(untrained)) + PAGE_BYTES
 

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cactus_ray.search.surface import REFERENCE, synthetic_curves
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateOptions:
     """What is simulated. ``trials``: of the random search to compare with; ``by``: a single metric for the rungs;
-    ``promote``: see ``Setup``.
+    ``promote`` and ``rest`` of the scheduler: as the space says where they are None.
     """
 
     sampler: str = "tpe"
@@ -35,7 +35,8 @@ class SimulateOptions:
     seeds: int = 10
     by: str | None = None
     synthetic: int | None = None
-    promote: bool = False
+    promote: bool | None = None
+    rest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,17 @@ def run_simulations(
         if options.by not in known:
             raise UserError(f"--by: got {options.by!r}; expected an accuracy of every epoch: {', '.join(known)}")
         goals = {options.by: "maximize"}
+    said = space.search.scheduler
+    promote = said.promote if options.promote is None else options.promote
+    rest = options.rest or (said.rest if promote else "stop")
+    scheduler = replace(options.scheduler, promote=promote, rest=rest)
     outcomes = []
     for seed in range(options.seeds):
         trials = min(options.trials or len(curves), len(curves))
         plain = Setup(sampler="random", workers=options.workers, trials=trials, seed=seed)
         asked = Setup(
-            sampler=options.sampler, scheduler=options.scheduler, workers=options.workers, trials=len(curves),
-            seed=seed, goals=goals, promote=options.promote,
+            sampler=options.sampler, scheduler=scheduler, workers=options.workers, trials=len(curves),
+            seed=seed, goals=goals,
         )  # fmt: skip
         outcomes.append(
             Outcome(seed, simulate(space, curves, reference, plain), simulate(space, curves, reference, asked))

@@ -133,6 +133,7 @@ def compute(records: Records, leading: set[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for trial in records.trials.values():
         outcome = {"completed": "dominated trials", "stopped": "stopped trials", "failed": "failed trials"}
+        outcome["waiting"] = "waiting trials"
         name = "trials on the front" if trial.id in leading else outcome.get(trial.status, "trials under way")
         name = "replicates" if trial.of is not None else name
         found[f"training: {name}"] = found.get(f"training: {name}", 0.0) + train_seconds(trial)

@@ -179,7 +179,7 @@ def _hypervolume(space: Space, records: Records, points: Sequence[figures.Point]
 def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> list[tuple[str, str]]:
     """What was asked and how it was measured, one line each."""
     drawn, others = records.drawn(), records.replicates()
-    states = {s: sum(t.status == s for t in drawn) for s in ("completed", "failed", "stopped")}
+    states = {s: sum(t.status == s for t in drawn) for s in ("completed", "failed", "stopped", "waiting")}
     open_ = len(drawn) - sum(states.values())
     again_ = f"; {sum(t.status == 'completed' for t in others)} of {len(others)} replicates" if others else ""
     low, high = space.threat.domain
@@ -195,7 +195,7 @@ def _facts(space: Space, records: Records, points: Sequence[figures.Point]) -> l
         ("levels", ", ".join(space.levels)),
         (
             "trials",
-            ", ".join([*(f"{n} {s}" for s, n in states.items()), f"{open_} running"])
+            ", ".join([*(f"{n} {s}" for s, n in states.items() if n or s != "waiting"), f"{open_} running"])
             + f" ({_sampler(space, records)}){again_}",
         ),
         (

@@ -55,12 +55,13 @@ class StudyProgress:
         self.leading = Front(space.front, points)
         self.samples: int | None = points[0]["samples"] if points else None
         self.open: dict[str, _Trial] = {}
+        self.waiting = {trial.id for trial in records.drawn() if trial.status == "waiting"}
         for trial in records.trials.values():
             if trial.status == "trained":
                 verified = sum(len(rows) for rows in trial.verdicts.values())
                 dear = sum(len(indices) for indices in trial.dear.values())
                 self.open[trial.id] = _Trial(trained=True, verified=verified, dear=dear)
-        self.ended_before, self.begun = self.ended, time.monotonic()
+        self.ended_before, self.begun = self.ended + len(self.waiting), time.monotonic()
         live = enabled and self.console.is_terminal
         self.live = (
             Live(get_renderable=self._view, console=self.console, refresh_per_second=4, transient=True)
@@ -165,11 +166,25 @@ class StudyProgress:
     def _on_failed(self, event: Mapping[str, Any]) -> None:
         self._end(event, f"failed: {event['error']}")
 
+    def _on_waiting(self, event: Mapping[str, Any]) -> None:
+        self.open.pop(event["trial"], None)
+        self.waiting.add(event["trial"])
+        self._say(f"{event['trial']} waits: {event['reason']} [{self._done_text()}]")
+
+    def _on_rung(self, event: Mapping[str, Any]) -> None:
+        if event.get("promoted"):
+            self.waiting.discard(event["trial"])
+            self.open[event["trial"]] = _Trial(epoch=event["epoch"])
+            self._say(
+                f"{event['trial']} is promoted: {event['rank']} of {event['of']} at rung {event['rung']:g} by now"
+            )
+
     def _on_stopped(self, event: Mapping[str, Any]) -> None:
         self._end(event, f"stopped: {event['reason']}")
 
     def _end(self, event: Mapping[str, Any], text: str) -> None:
         self.open.pop(event["trial"], None)
+        self.waiting.discard(event["trial"])
         self.ended += "of" not in event  # a replicate is no trial of the search
         self._say(f"{event['trial']} {text} [{self._done_text()}]")
 
@@ -179,12 +194,16 @@ class StudyProgress:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _done_text(self) -> str:
-        return ", ".join(filter(None, (f"{self.ended} of {self.space.search.trials} trials", self.left_text())))
+        waiting = f"{len(self.waiting)} waiting" if self.waiting else ""
+        done = f"{self.ended} of {self.space.search.trials} trials"
+        return ", ".join(filter(None, (done, waiting, self.left_text())))
 
     def left_text(self) -> str:
-        """The time left, from the pace of this driver; empty until a trial has ended under it."""
-        ended = self.ended - self.ended_before
-        left = max(self.space.search.trials - self.ended, 0)
+        """The time left, from the pace of this driver; empty until a trial has ended under it. One that waits is done
+        with, as far as is known."""
+        done = self.ended + len(self.waiting)
+        ended = done - self.ended_before
+        left = max(self.space.search.trials - done, 0)
         if not ended or not left:
             return ""
         return f"about {duration_text((time.monotonic() - self.begun) / ended * left)} left"

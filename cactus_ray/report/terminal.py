@@ -133,7 +133,7 @@ def _counts(records: Records) -> dict[str, Any]:
     status = str(records.finished.get("status")) if records.finished else "running, or ended without a last word"
     if records.finished and records.finished.get("reason"):
         status += f" ({records.finished['reason']})"
-    order = ("completed", "trained", "running", "stopped", "failed")
+    order = ("completed", "trained", "running", "waiting", "stopped", "failed")
     found = {"status": status, "trials": {state: states.count(state) for state in order if state in states}}
     again = [trial.status for trial in records.replicates()]
     return found | ({"replicates": {state: again.count(state) for state in order if state in again}} if again else {})

@@ -32,7 +32,7 @@ CALL_SECONDS = 60.0
 INIT_SECONDS = 20.0
 REACH_SECONDS = 3.0
 TABLE_SECONDS = 30.0
-ENDS = ("completed", "failed", "stopped")
+ENDS = ("completed", "failed", "stopped", "waiting")
 COLUMNS = (
     "trial", "level", "method", "samples", "standard_accuracy", "certified_accuracy", "certified_accuracy_upper",
     "n_certified", "n_falsified", "n_unknown", "bytes", "ideal_bits", "macs", "train_seconds", "verify_seconds",
@@ -213,6 +213,14 @@ class Tracker:
     def _on_stopped(self, event: Mapping[str, Any]) -> None:
         self._end(event, {"status": "stopped", "reason": str(event["reason"])}, 1)
         self.runs["study"].log(self._numbers())
+
+    def _on_waiting(self, event: Mapping[str, Any]) -> None:
+        self._end(event, {"status": "waiting", "reason": str(event["reason"])}, 0)
+        self.runs["study"].log(self._numbers())
+
+    def _on_rung(self, event: Mapping[str, Any]) -> None:
+        if event.get("promoted"):  # its run is opened again by the next epoch
+            self.ended.pop(str(event["trial"]), None)
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         self.runs["study"].summary.update({"status": event["status"], "seconds": event["seconds"]})

@@ -24,6 +24,7 @@ class Attempts:
         self.reached = {t.id: max((int(e["epoch"]) for e in t.epochs), default=0) for t in trials}
         self.deaths = {t.id: dict(t.deaths) for t in trials}
         self.lacks = {t.id: t.lacks for t in trials}
+        self.promotions = {t.id: sum(decision.promoted for decision in t.rungs) for t in trials}
         self.notes: dict[str, tuple[str, ...]] = {}
 
     def next(self, trial: str, config: RunConfig) -> tuple[Kept, int]:
@@ -32,7 +33,8 @@ class Attempts:
         for note in kept.notes:
             logger.warning("%s: %s", trial, note)
         self.notes[trial] = kept.notes
-        return kept, 1 + sum(self.deaths.get(trial, {}).values()) + self.lacks.get(trial, 0)
+        before = sum(self.deaths.get(trial, {}).values()) + self.lacks.get(trial, 0) + self.promotions.get(trial, 0)
+        return kept, 1 + before
 
     def begun(self, trial: str) -> dict[str, list[str]]:
         """What is to be recorded of a beginning, beside the epoch: the states that were passed over."""
@@ -52,6 +54,10 @@ class Attempts:
         deaths, epoch = self.deaths.setdefault(trial, {}), self.furthest(trial)
         deaths[epoch] = deaths.get(epoch, 0) + 1
         return deaths[epoch] >= DEATHS
+
+    def promoted(self, trial: str) -> None:
+        """A trial that waited goes on in a new process."""
+        self.promotions[trial] = self.promotions.get(trial, 0) + 1
 
     def lacked(self, trial: str) -> None:
         """A process ran out of GPU memory beside others."""

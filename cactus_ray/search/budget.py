@@ -106,6 +106,11 @@ class Budget:
         limits = self.search
         if limits.max_trials is not None and self.started >= limits.max_trials:
             return f"search.max_trials: {self.started} of {limits.max_trials} trials started"
+        return self.settled()
+
+    def settled(self) -> str | None:
+        """Why no trial that waits goes on any more; None as long as one may."""
+        limits = self.search
         if limits.plateau is not None and self.plateau.idle >= limits.plateau:
             gain = f"{100 * limits.plateau_gain:g} %"
             return f"search.plateau: {self.plateau.idle} trials without a gain of {gain} in hypervolume"

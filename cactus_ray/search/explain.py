@@ -66,6 +66,8 @@ def _reason(record: TrialRecord) -> str:
             return f"failed after {epochs} epochs: {record.error or 'no reason recorded'}"
         case "stopped":
             return f"stopped after {epochs} epochs: {record.error or 'no reason recorded'}"
+        case "waiting":
+            return f"waits after {epochs} epochs to be among the best of its rung: {record.error or 'it was not'}"
         case "running":
             return f"training: {epochs} epochs so far, or its driver ended; it has no points yet"
         case "trained":

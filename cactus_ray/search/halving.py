@@ -7,7 +7,8 @@ that share is less than one trial, whoever comes goes on. Nobody waits for other
 those that a later and better trial would have stopped go on to the next rung.
 
 With ``Rules.promote`` trials wait instead of being stopped (the promoting variant of the same paper), the first at a
-rung, too, until ``Halving.promote`` finds them among the best share of all that have come since.
+rung, too, until ``Halving.promote`` finds them among the best share of all that have come since. ``following`` is the
+rule by which a place that is free is given to one that waits or to a new one.
 
 Pure: no clock, no Ray, no randomness. The same reports in the same order give the same decisions.
 """
@@ -17,9 +18,9 @@ from __future__ import annotations
 import bisect
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,13 +28,16 @@ from cactus_ray.search.objectives import Constraint
 from cactus_ray.search.pareto import GOALS
 from cactus_ray.search.ranking import RANKINGS, Fronts, within_front
 
+New = TypeVar("New")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """What trials are compared by, and where. ``goals``: metric -> "maximize" | "minimize".
 
-    ``first``: resource of the lowest rung; ``promote``: trials wait where they would be stopped. Raises ValueError for
-    anything that makes no sense.
+    ``first``: resource of the lowest rung; ``promote``: trials wait where they would be stopped; ``rest``: with nothing
+    left to begin, those that wait go on, best first, whatever their share. Raises ValueError for anything that makes no
+    sense.
     """
 
     goals: Mapping[str, str]
@@ -42,6 +46,7 @@ class Rules:
     first: float = 1.0
     ranking: str = "hypervolume"
     promote: bool = False
+    rest: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals:
@@ -60,6 +65,15 @@ class Rules:
     def metrics(self) -> tuple[str, ...]:
         """All metrics that a report is read for."""
         return tuple(dict.fromkeys([*self.goals, *(c.metric for c in self.constraints)]))
+
+    def share(self, count: int) -> int:
+        """How many of so many trials at a rung are its best share."""
+        return int(count / self.reduction + 1e-9)
+
+    @property
+    def least(self) -> int:
+        """How many of a rung go on at the end of a search whatever their share: of so many, one would be chosen."""
+        return math.ceil(self.reduction * (1 - 1e-9))
 
     def rung(self, resource: float) -> float | None:
         """The highest rung that ``resource`` has reached, as a resource; None below the first."""
@@ -181,7 +195,7 @@ class Halving:
         if front is not None:
             rank += _within(place.fronts, front, self.rules.ranking)
         of = place.count
-        kept = int(of / self.rules.reduction + 1e-9)
+        kept = self.rules.share(of)
         broken = any(value is None for value in values.values())
         waits = self.rules.promote and (broken or front is None)
         go_on = rank <= kept and not waits if kept or self.rules.promote else (not broken or rank == 1)
@@ -190,23 +204,46 @@ class Halving:
         self._standing[trial] = decision
         return decision
 
-    def promote(self, anyway: bool = False) -> Decision | None:
-        """A trial that waits and goes on now, because it is among the best of its rung by now; None if there is none.
+    def promote(self, waiting: Collection[str], closing: bool = False, busy: Collection[str] = ()) -> Decision | None:
+        """One of ``waiting`` that goes on now, recorded as decided; None if there is none.
 
-        Highest rungs first. ``anyway``: the best one that waits, whatever its share, for a search that has nothing else
-        to begin. Trials that were not compared by objectives wait for ever.
+        Whoever is among the best share of all that its rung has seen by now; highest rungs first. ``closing``: nothing
+        new will ever begin. Then, rung by rung from the lowest, as soon as none of ``busy`` (trials that train) has a
+        rung still before it, the best ``Rules.least`` of it go on, so that a small study trains some to their end, too;
+        and with ``Rules.rest`` everybody who waits, best first. Trials that were not compared by objectives wait for
+        ever.
         """
-        for rung in sorted(self._rungs, reverse=True):
-            place = self._rungs[rung]
-            kept = place.count if anyway else int(place.count / self.rules.reduction + 1e-9)
-            for rank, trial in enumerate(place.best(kept, self.rules.ranking), 1):
-                standing = self._standing[trial]
-                if standing.rung == rung and not standing.go_on:
-                    decision = replace(standing, rank=rank, of=place.count, go_on=True, promoted=True)
-                    self.decisions.append(decision)
-                    self._standing[trial] = decision
-                    return decision
+        rungs = sorted(self._rungs, reverse=True)
+        for rung in rungs if waiting else ():
+            if found := self._promoted(rung, self.rules.share(self._rungs[rung].count), waiting):
+                return found
+        if not (waiting and closing):
+            return None
+        for rung in reversed(rungs):
+            if any(self._is_before(trial, rung) for trial in busy):
+                break
+            if found := self._promoted(rung, self.rules.least, waiting):
+                return found
+        for rung in rungs if self.rules.rest else ():
+            if found := self._promoted(rung, self._rungs[rung].count, waiting):
+                return found
         return None
+
+    def _promoted(self, rung: float, kept: int, waiting: Collection[str]) -> Decision | None:
+        """The first of the best so many of a rung that waits there."""
+        place = self._rungs[rung]
+        for rank, trial in enumerate(place.best(kept, self.rules.ranking), 1):
+            standing = self._standing[trial]
+            if trial in waiting and standing.rung == rung and not standing.go_on:
+                decision = replace(standing, rank=rank, of=place.count, go_on=True, promoted=True)
+                self.decisions.append(decision)
+                self._standing[trial] = decision
+                return decision
+        return None
+
+    def _is_before(self, trial: str, rung: float) -> bool:
+        standing = self.standing(trial)
+        return standing is None or standing.rung < rung
 
     def _add(
         self, place: _Rung, trial: str, values: Mapping[str, float | None], progress: float
@@ -245,17 +282,34 @@ class Halving:
         return [decision.to_dict() for decision in self.decisions]
 
 
+def following(
+    halving: Halving, waiting: Collection[str], draw: Callable[[], New | None], busy: Collection[str]
+) -> Decision | New | None:
+    """Who gets a place that is free: one that waits and is among the best by now, else a new one that ``draw`` brings.
+
+    Without a new one the search is closing (``Halving.promote``). None: nobody for now, and nobody at all once nobody
+    is ``busy`` either. Studies and simulations ask here, so that they cannot differ.
+    """
+    return halving.promote(waiting) or draw() or halving.promote(waiting, closing=True, busy=busy)
+
+
 def replayed(rules: Rules, decisions: Iterable[Decision]) -> list[Decision]:
-    """The decisions that ``rules`` make on the reports behind recorded ones, rung by rung in the order of reports."""
+    """The decisions that ``rules`` make on the reports behind recorded ones, rung by rung in the order of reports.
+
+    Who was promoted is promoted again where it was among the best after so many reports, and else is missing.
+    """
     again = Halving(rules)
-    for recorded in sorted((d for d in decisions if not d.promoted), key=_order):
-        again.report(recorded.trial, recorded.resource, recorded.values, recorded.progress)
+    for recorded in sorted(decisions, key=_order):
+        if recorded.promoted:
+            again.promote({recorded.trial}, closing=True)
+        else:
+            again.report(recorded.trial, recorded.resource, recorded.values, recorded.progress)
     return again.decisions
 
 
-def _order(decision: Decision) -> tuple[float, int, bool]:
-    """Rung by rung in the order of reports; who was promoted after so many of them comes behind the last one."""
-    return decision.rung, decision.of, decision.promoted
+def _order(decision: Decision) -> tuple[float, int, bool, int]:
+    """Rung by rung in the order of reports; who was promoted after so many comes behind the last one, best first."""
+    return decision.rung, decision.of, decision.promoted, decision.rank if decision.promoted else 0
 
 
 def _within(fronts: Fronts, front: int, ranking: str) -> int:

@@ -28,6 +28,7 @@ COLUMNS = (
 EVENTS = (
     "study", "started", "epoch", "rung", "trained", "verdicts", "lost", "spared", "completed", "failed", "stopped",
     "finished", "driver", "past", "begun", "died", "alive", "packing", "oom", "fresh", "reevaluated",
+    "waiting",
 )  # fmt: skip
 BLOCK = 256
 _VERDICTS = b'{"event":"verdicts","trial":"'
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class TrialRecord:
-    """What is known of one trial. ``status``: running, trained, completed, failed or stopped.
+    """What is known of one trial. ``status``: running, waiting (to be promoted), trained, completed, failed or stopped.
 
     Only a completed trial has ``points`` and ``metrics``. ``verdicts``: level -> index -> row of the record;
     ``dear``: level -> indices whose row is the last word of the dear stage; ``ledger``: seconds of verifiers by stage
@@ -294,7 +295,17 @@ def _rung(trial: TrialRecord, event: dict[str, Any]) -> bool:
         decision = Decision.of_event(event)
     except (KeyError, TypeError, ValueError):
         return False
-    trial.rungs = [d for d in trial.rungs if d.rung != decision.rung] + [decision]
+    before = [d for d in trial.rungs if (d.rung, d.promoted) != (decision.rung, decision.promoted)]
+    trial.rungs = [*before, decision]
+    if decision.promoted and trial.status == "waiting":
+        trial.status, trial.error = "running", None
+    return True
+
+
+def _waiting(trial: TrialRecord, event: dict[str, Any]) -> bool:
+    trial.status, trial.error = "waiting", event.get("reason")
+    if event.get("train_seconds") is not None:
+        trial.train_seconds = event["train_seconds"]
     return True
 
 
@@ -398,7 +409,7 @@ def _failed(trial: TrialRecord, event: dict[str, Any]) -> bool:
 _TAKERS = {
     "begun": _noted, "died": _died, "epoch": _epoch, "rung": _rung, "trained": _trained, "verdicts": _verdicts,
     "lost": _lost, "spared": _spared, "completed": _completed, "failed": _failed, "stopped": _failed,
-    "fresh": _fresh, "reevaluated": _reevaluated,
+    "fresh": _fresh, "reevaluated": _reevaluated, "waiting": _waiting,
 }  # fmt: skip
 
 

@@ -106,6 +106,15 @@ def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> 
     return lambda config: cost(config) / whole
 
 
+def rules_of(settings: SchedulerSettings, goals: Mapping[str, str]) -> Rules:
+    """The rules of a scheduler, in a study and where one is simulated."""
+    s = settings
+    return Rules(
+        goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking,
+        promote=s.promote and s.name != "none", rest=s.rest == "promote",
+    )  # fmt: skip
+
+
 class Rungs:
     """The scheduler of a study. Without halving it asks nothing and stops nobody; records are the only memory."""
 
@@ -115,10 +124,7 @@ class Rungs:
         s = self.settings
         nobody_asks = s.name == "none" and s.score == "rungs"
         self.epoch_cost: Cost = (lambda config: 1.0) if cost is None or nobody_asks else cost
-        rules = Rules(
-            goals=proxy_goals(space.levels), reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking
-        )
-        self.halving = Halving(rules)
+        self.halving = Halving(rules_of(s, proxy_goals(space.levels)))
         self.halving.take_up(decision for trial in records.trials.values() for decision in trial.rungs)
 
     def asked(self, config: RunConfig) -> tuple[int, ...]:
@@ -140,6 +146,11 @@ class Rungs:
         return None if decision is before else decision
 
     def stopped(self, trial: str) -> Decision | None:
-        """The decision that ended a trial; None for one that may go on."""
+        """The decision that ended the training of a trial, for good or for now; None for one that may go on."""
         standing = self.halving.standing(trial)
         return None if standing is None or standing.go_on else standing
+
+    def waits(self, trial: str) -> Decision | None:
+        """The decision by which a trial waits, and may be promoted; one that was not compared is stopped for good."""
+        standing = self.stopped(trial)
+        return standing if self.halving.rules.promote and standing is not None and standing.front is not None else None

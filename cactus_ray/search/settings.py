@@ -13,6 +13,7 @@ from cactus_ray.search.ranking import RANKINGS
 from cactus_ray.verification.verdict import VerificationSettings
 
 SCHEDULERS = ("none", "asha")
+RESTS = ("stop", "promote")
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "cmaes", "random", "grid")
 KEEP = ("front", "all")
 EXECUTIONS = ("auto", "train", "direct")
@@ -21,7 +22,7 @@ WANDB_MODES = ("auto", "online", "offline", "disabled")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """Which trials are stopped early: multi-objective successive halving on proxies at the extreme levels."""
+    """Which trials end early or wait: multi-objective successive halving on proxies at the extreme levels."""
 
     name: str = setting("none", doc="none, or asha: multi-objective successive halving", choices=SCHEDULERS)
     reduction: float = setting(
@@ -31,10 +32,22 @@ class SchedulerSettings:
         1, doc="no trial is stopped before; the first rung costs as much as these epochs of the reference", minimum=1
     )
     ranking: str = setting("hypervolume", doc="order within a non-dominated front", choices=tuple(RANKINGS))
+    promote: bool = setting(
+        True,
+        doc="a trial that is not among the best waits with its state kept, and goes on once it is; false: it stops",
+    )
+    rest: str = setting(
+        "stop", choices=RESTS,
+        doc="trials that still wait at the end stop, or go on, best first, until max_hours, max_gpu_hours or plateau",
+    )  # fmt: skip
     score: str = setting(
         "rungs", doc="measure the proxies at rungs only, or after all epochs: whole curves for cactus-ray simulate",
         choices=("rungs", "epochs"),
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.rest == "promote" and not self.promote:
+            raise ConfigError("rest", self.rest, "stop: with promote: false nobody waits")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +91,12 @@ class SearchSettings:
         "many as it used, as far as there are any",
     )  # fmt: skip
     keep: str = setting("front", doc="networks that are kept: those with a point on the front, or all", choices=KEEP)
+
+    def __post_init__(self) -> None:
+        limits = (self.max_hours, self.max_gpu_hours, self.plateau)
+        if self.scheduler.rest == "promote" and limits == (None, None, None):
+            expected = "stop where none of search.max_hours, max_gpu_hours and plateau ends the search"
+            raise ConfigError("scheduler.rest", self.scheduler.rest, f"{expected}: every trial would be trained whole")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,10 +17,10 @@ from typing import Any
 
 from cactus_ray.errors import UserError
 from cactus_ray.search.domains import Choices
-from cactus_ray.search.halving import Decision, Halving, Rules
+from cactus_ray.search.halving import Decision, Halving, following
 from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
-from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rung_epochs
+from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rules_of, rung_epochs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import SchedulerSettings
@@ -50,8 +50,7 @@ class Curve:
 class Setup:
     """What is simulated. ``trials``: most that are started; ``goals``: what rungs compare (default: the proxies).
 
-    ``promote``: where a study stops trials for good, they wait with their state kept and may go on from it; with
-    nothing left to start, the best of those that wait go on.
+    There are no limits: with ``scheduler.rest: promote`` everything is trained to its end.
     """
 
     sampler: str = "tpe"
@@ -60,7 +59,6 @@ class Setup:
     trials: int
     seed: int = 0
     goals: Mapping[str, str] | None = None
-    promote: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,65 +140,65 @@ class _Simulation:
         self, space: Space, curves: Sequence[Curve], reference: Mapping[str, float], setup: Setup,
         goals: Mapping[str, str],
     ) -> None:  # fmt: skip
-        s = setup.scheduler
         self.space, self.curves, self.reference, self.setup = space, curves, reference, setup
         self.sampler = None if space.search.sampler == "random" else OptunaSampler(space)
         self.random = random.Random(setup.seed)
         self.scored = {level for name in goals for level in _levels_of(name, space.levels)}
-        self.halving = Halving(
-            Rules(
-                goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking, promote=setup.promote
-            )
-        )  # fmt: skip
+        self.halving = Halving(rules_of(setup.scheduler, goals))
         self.waiting: dict[str, tuple[int, int, int]] = {}  # number, curve, epochs done
         self.unused = list(range(len(curves)))
         self.front: list[Mapping[str, Any]] = []
         self.found = Simulated()
         self.events: list[tuple[float, int, int, int, int]] = []  # time, order, trial's number, curve, epochs done
+        self.training: set[str] = set()
+        self.idle = setup.workers  # those without a trial
         self.order = count()
 
     def run(self) -> Simulated:
-        for _ in range(self.setup.workers):
-            self._start(0.0)
+        self._occupy(0.0)
         while self.events:
             now, _, number, index, epoch = heapq.heappop(self.events)
             curve = self.curves[index]
             self.found.time = now
             if epoch <= len(curve.seconds):
                 self._epoch(now, number, index, epoch)
-                continue
-            self.found.cost += curve.verify_seconds
-            self._tell(number, curve.outcome, "completed")
-            self._finish(curve)
-            self._start(now)
+            else:
+                self.found.cost += curve.verify_seconds
+                self._tell(number, curve.outcome, "completed")
+                self._finish(curve)
+                self.idle += 1
+            self._occupy(now)
         self.found.decisions = self.halving.decisions
         self.found.stopped += len(self.waiting)
         return self.found
 
-    def _start(self, now: float) -> None:
-        """Give a free worker the next trial, if there is one."""
-        if self._promoted(now, anyway=False):
-            return
+    def _occupy(self, now: float) -> None:
+        """Give idle workers what follows, if anything does by now."""
+        while self.idle and (found := following(self.halving, self.waiting, self._new, self.training)):
+            self.idle -= 1
+            number, index, epoch = self.waiting.pop(found.trial) if isinstance(found, Decision) else found
+            self._train(now, number, index, epoch + 1)
+
+    def _new(self) -> tuple[int, int, int] | None:
+        """The next new trial: its number, its curve, no epoch."""
         number = len(self.found.started) + 1
-        left = self.unused and number <= self.setup.trials
-        index = self._drawn(number) if left else None
+        index = self._drawn(number) if self.unused and number <= self.setup.trials else None
         if index is None:
-            self._promoted(now, anyway=True)
-            return
+            return None
         self.unused.remove(index)
         self.found.started.append(index)
-        self._push(now + self.curves[index].seconds[0], number, index, 1)
+        return number, index, 0
 
-    def _promoted(self, now: float, anyway: bool) -> bool:
-        """Whether a trial that waited goes on."""
-        decision = self.halving.promote(anyway) if self.waiting else None
-        if decision is None:
-            return False
-        number, index, epoch = self.waiting.pop(decision.trial)
+    def _train(self, now: float, number: int, index: int, epoch: int) -> None:
+        """What comes of a trial next is known after an epoch, or after its verification."""
         curve = self.curves[index]
-        following = curve.seconds[epoch] if epoch < len(curve.seconds) else curve.verify_seconds
-        self._push(now + following, number, index, epoch + 1)
-        return True
+        if epoch <= len(curve.seconds):
+            self.training.add(_name(number))
+            end = now + curve.seconds[epoch - 1]
+        else:
+            self.training.discard(_name(number))
+            end = now + curve.verify_seconds
+        heapq.heappush(self.events, (end, next(self.order), number, index, epoch))
 
     def _drawn(self, number: int) -> int | None:
         """The recorded configuration that runs as this trial; None when the sampler has no more."""
@@ -226,26 +224,23 @@ class _Simulation:
             scoring = sum(curve.score_seconds.get(level, 0.0) for level in self.scored)
             self.found.cost += scoring
             decision = self.halving.report(
-                f"t{number:04d}", epoch * curve.epoch_cost, curve.metrics[epoch - 1], epoch / epochs
+                _name(number), epoch * curve.epoch_cost, curve.metrics[epoch - 1], epoch / epochs
             )
             if decision is not None and not decision.go_on:
-                if self.setup.promote:
+                self.training.discard(decision.trial)
+                if self.halving.rules.promote:
                     self.waiting[decision.trial] = number, index, epoch
                 else:
                     self.found.stopped += 1
                     self._tell(number, None, "stopped")
-                self._start(now + scoring)
+                self.idle += 1
                 return
-        following = curve.seconds[epoch] if epoch < epochs else curve.verify_seconds
-        self._push(now + scoring + following, number, index, epoch + 1)
+        self._train(now + scoring, number, index, epoch + 1)
 
     def _asked(self, curve: Curve, epoch: int) -> bool:
         s = self.setup.scheduler
         at = rung_epochs(self.halving.rules, s.min_epochs, len(curve.seconds), curve.epoch_cost)
         return s.name != "none" and epoch in at
-
-    def _push(self, time: float, number: int, index: int, epoch: int) -> None:
-        heapq.heappush(self.events, (time, next(self.order), number, index, epoch))
 
     def _finish(self, curve: Curve) -> None:
         points = [*self.front, *curve.points]
@@ -253,6 +248,10 @@ class _Simulation:
         self.front = [point for point, on_front in zip(points, keep, strict=True) if on_front]
         volume = relative_hypervolume(self.front, self.space.front, self.reference)
         self.found.steps.append(Step(self.found.cost, self.found.time, volume))
+
+
+def _name(number: int) -> str:
+    return f"t{number:04d}"
 
 
 def _levels_of(metric: str, levels: Sequence[str]) -> Sequence[str]:

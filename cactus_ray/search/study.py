@@ -6,7 +6,6 @@ Nothing here knows Ray, so the whole course can be tested and replayed. Every ch
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from cactus_ray.config import RunConfig, parse
 from cactus_ray.search.afterwards import Afterwards
 from cactus_ray.search.attempts import DEATHS, Attempts
 from cactus_ray.search.budget import Budget
-from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, Pieces, Verification
+from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, Pieces
 from cactus_ray.search.draws import Draws, TrialStart
+from cactus_ray.search.halving import Decision, following
 from cactus_ray.search.in_flight import forget_state, forget_states, keep_state
 from cactus_ray.search.journal import Event, Journal, Listener
 from cactus_ray.search.objectives import trial_metrics
@@ -40,6 +40,11 @@ class Study(Journal):
     go on from the last state that was kept of them, or else are trained again with the same configuration. ``cost``: of
     an epoch, for halving (see ``rungs.epoch_costs``); without it every epoch costs 1. ``fresh``: indices on which
     front points are verified once more, after the search.
+
+    ``training``: trials that train; ``restart``: those that trained and go on once there is a place; ``waiting``: those
+    that were not among the best of a rung, with the seconds that they trained. Those go on when they have come to be
+    (``halving.following``), and count as trials of the search from their start. Once nobody will go on any more, those
+    that are left are recorded as stopped; a limit of hours leaves them to a later driver.
     """
 
     def __init__(
@@ -71,47 +76,36 @@ class Study(Journal):
         self.numbers: dict[str, int] = {}
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
-        self.earlier: dict[str, TrialRecord] = {}
+        self.waiting: dict[str, float | None] = {}
         self.attempts = Attempts(store.path, records)
-        self.waiting: list[str] = []
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
         self.lowered = records.lowered
         self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
         self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.drawn())
         for trial in records.trials.values():
             self._take_up(trial)
-        forget_states(store.path, {start.id for start in self.restart})
+        forget_states(store.path, {start.id for start in self.restart} | self.waiting.keys())
 
     def _take_up(self, trial: TrialRecord) -> None:
         self.numbers[trial.id] = trial.number
-        if trial.status not in ("running", "trained"):
+        if trial.status not in ("running", "waiting", "trained"):
             return
-        if trial.status == "running" and self.rungs.stopped(trial.id):  # the last driver died with the answer
+        config = self.configs[trial.id] = parse(RunConfig, trial.config)
+        if trial.status == "waiting":
+            self.waiting[trial.id] = trial.train_seconds
+        elif trial.status == "running" and self.rungs.stopped(trial.id):  # the last driver died with the answer
             self.work()
-            self.stopped(trial.id)
-            return
-        config = parse(RunConfig, trial.config)
-        self.configs[trial.id] = config
-        self.earlier[trial.id] = trial
-        if trial.status == "running" or not self._kept(trial):
+            self.waits(trial.id)
+        elif trial.status == "running" or not self.verification.take_up(trial, config):
             self.restart.append(self._start(trial.id, trial.number, config))
-            return
-        self._verify(trial, trial.id, trial.train_seconds or 0.0)
-        self.waiting.append(trial.id)
-
-    def _kept(self, trial: TrialRecord) -> bool:
-        """Whether the network that the verdicts are about is still there."""
-        path = self.store.path / (trial.checkpoint or "missing")
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == trial.sha256
 
     def resume(self) -> list[Chunk]:
-        """What is still to be verified of the trials that an earlier driver had trained. To be called once."""
-        waiting, self.waiting = self.waiting, []
-        return [chunk for trial in waiting for chunk in self.verification.advance(trial)]
+        """See ``Verifying.resume``."""
+        return self.verification.resume()
 
     def checkpoint(self, trial: str) -> Path:
-        """The network of a trained trial that is verified."""
-        return self.store.path / "checkpoints" / f"{trial}.safetensors"
+        """See ``Verifying.checkpoint``."""
+        return self.verification.checkpoint(trial)
 
     # --- what the driver asks
 
@@ -129,9 +123,10 @@ class Study(Journal):
 
     @property
     def searched(self) -> bool:
-        """Whether the search itself is over: none of its trials is in flight, and none will start any more."""
+        """Whether the search itself is over: none of its trials is in flight or waits, and none will start any more."""
         enough = self.finished >= self.space.search.trials or self.sampler.exhausted or self.budget.enough()
-        return bool(enough) and not self._under_way() and not self.after.own(start.id for start in self.restart)
+        open_ = self._under_way() or self.waiting or self.after.own(start.id for start in self.restart)
+        return bool(enough) and not open_
 
     def _under_way(self) -> int:
         """Trials in flight that count as trials of the search."""
@@ -142,22 +137,48 @@ class Study(Journal):
         if self.budget.over():
             return None
         if self.restart:
-            start = self.restart.pop(0)
-            kept, attempt = self.attempts.next(start.id, start.config)
-            start = replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
+            start = self._resumed(self.restart.pop(0))
         else:
-            drawn = None if self.budget.enough() else self._draw()
-            drawn = drawn or self._replicate()
-            if drawn is None:
+            found = self._search() or self._replicate()
+            if found is None:
                 return None
-            start = drawn
+            start = found
         self.training.add(start.id)
         self.configs[start.id] = start.config
         return start
 
+    def _search(self) -> TrialStart | None:
+        """The next trial of the search, one that waits or a new one. Once there will be none, nobody waits any more."""
+        waiting = set() if self.budget.settled() else self.waiting.keys()
+        found = following(self.rungs.halving, waiting, self._draw, self.after.own(self.training))
+        if isinstance(found, Decision):
+            return self._promote(found)
+        if found is None and not self._under_way():
+            for trial, seconds in list(self.waiting.items()):
+                decision = self.rungs.stopped(trial)
+                why = f"{decision.reason}; " if decision is not None else ""
+                self.stopped(trial, f"{why}it waited there until the search ended", seconds)
+        return found
+
+    def _promote(self, decision: Decision) -> TrialStart:
+        """A trial that waited goes on from where it was."""
+        trial = decision.trial
+        self.emit({"event": "rung", "epoch": self.attempts.furthest(trial), **decision.to_dict()})
+        del self.waiting[trial]
+        self.attempts.promoted(trial)
+        return self._resumed(self._start(trial, self.numbers[trial], self.configs[trial]))
+
+    def _resumed(self, start: TrialStart) -> TrialStart:
+        """The start of a trial that trained before, from the furthest state that was kept of it."""
+        kept, attempt = self.attempts.next(start.id, start.config)
+        return replace(start, epoch=kept.epoch, state=kept.data, attempt=attempt)
+
     def _draw(self) -> TrialStart | None:
         """Ask the sampler until it proposes a configuration that can be built; refused ones are recorded as failed."""
-        while self.finished + self._under_way() < self.space.search.trials:
+        started = self.finished + len(self.waiting) + self._under_way()
+        for _ in range(started, self.space.search.trials):
+            if self.budget.enough():
+                return None
             drawn = self.draws.next()
             if drawn is None:
                 return None
@@ -206,6 +227,9 @@ class Study(Journal):
         if self.attempts.died(trial):
             self.failed(trial, f"{reason}, {DEATHS} times in epoch {epoch + 1}")
             return
+        if self.rungs.stopped(trial):  # it died with the answer
+            self.waits(trial)
+            return
         self.training.discard(trial)
         self.restart.append(self._start(trial, self.numbers[trial], self.configs[trial]))
 
@@ -227,34 +251,11 @@ class Study(Journal):
     def trained(
         self, trial: str, networks: Mapping[str, bytes], chosen: str, epochs: int, seconds: float
     ) -> list[Chunk]:
-        """Training ended: keep its networks (``last`` and ``best``) and say what has to be verified of the chosen one.
-
-        The chosen one is ``checkpoints/TRIAL.safetensors``, another one ``checkpoints/TRIAL.best.safetensors`` or
-        ``.last``.
-        """
-        network = networks[chosen]
-        for name, other in networks.items():
-            if other != network:
-                self.store.save_checkpoint(f"{trial}.{name}", other)
-        path = self.store.save_checkpoint(trial, network)
-        digest = hashlib.sha256(network).hexdigest()
-        self.emit(
-            {
-                "event": "trained", "trial": trial, "epochs": epochs, "train_seconds": seconds,
-                "checkpoint": path.relative_to(self.store.path).as_posix(), "sha256": digest,
-            }
-        )  # fmt: skip
+        """Training ended: keep its networks and say what has to be verified (``Verifying.trained``)."""
+        chunks = self.verification.trained(trial, self.configs[trial], networks, chosen, epochs, seconds)
         self.training.discard(trial)
         forget_state(self.store.path, trial)
-        earlier = self.earlier.pop(trial, None)  # the same weights again, whose file was lost: verdicts still hold
-        same = earlier if earlier is not None and earlier.sha256 == digest else None
-        self._verify(same, trial, seconds)
-        return self.verification.advance(trial)
-
-    def _verify(self, record: TrialRecord | None, trial: str, seconds: float) -> None:
-        """Take up the verification of a trained trial after what ``record`` knows of the same network."""
-        state = Verification.of(record, trial, self.verification.pieces, seconds)
-        self.verification.take_up(state, self.configs[trial])
+        return chunks
 
     def verified(self, result: ChunkResult) -> list[Chunk]:
         """See ``Verifying.verified``."""
@@ -296,6 +297,25 @@ class Study(Journal):
             self.finished += 1
             self.sampler.tell(self.numbers[trial], metrics, "completed")
 
+    def waits(
+        self, trial: str, epoch: int = 0, data: bytes | None = None, seconds: float | None = None
+    ) -> None:  # fmt: skip
+        """The training of a trial ended after so many seconds, by the decision at its rung: it waits to be promoted.
+
+        ``data``: its state after ``epoch`` epochs, kept before anything is recorded; without it, it goes on later from
+        an older one, or from its start. One that can never be promoted is stopped for good.
+        """
+        decision = self.rungs.waits(trial)
+        if decision is None:
+            self.stopped(trial, seconds=seconds)
+            return
+        if data is not None:
+            keep_state(self.store.path, trial, epoch, data)
+        known = {} if seconds is None else {"train_seconds": seconds}
+        self.emit({"event": "waiting", "trial": trial, "reason": decision.reason, **known})
+        self.training.discard(trial)
+        self.waiting[trial] = seconds
+
     def failed(self, trial: str, error: str, step: int | None = None) -> None:
         """A trial ended without a result. Its name and reason are kept; it never has points."""
         self.emit({"event": "failed", "trial": trial, "error": error, "step": step})
@@ -311,6 +331,7 @@ class Study(Journal):
 
     def _ended(self, trial: str, status: str) -> None:
         self.training.discard(trial)
+        self.waiting.pop(trial, None)
         forget_state(self.store.path, trial)
         self.verification.drop(trial)
         if trial not in self.after.of:

@@ -5,8 +5,10 @@ Also on fresh samples, once the search is over (``afterwards``). Verdicts are re
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from cactus_ray.config import RunConfig
@@ -15,12 +17,15 @@ from cactus_ray.search.chunks import DEAR, Chunk, ChunkResult, LevelResult, Piec
 from cactus_ray.search.fresh import SPLIT as FRESH_SPLIT
 from cactus_ray.search.rivals import Rivals
 from cactus_ray.search.space import Space
+from cactus_ray.search.store import RunStore, TrialRecord
 
 Event = dict[str, Any]
 
 
 class Course(Protocol):
     """The study that verdicts belong to."""
+
+    store: RunStore
 
     def emit(self, event: Event) -> None: ...
     def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> None: ...
@@ -37,12 +42,64 @@ class Verifying:
         self.space, self.pieces, self.rivals, self.after, self.course = space, pieces, rivals, after, course
         self.worth: Worth | None = self._may_reach_the_front if space.search.dear == "front" else None
         self.states: dict[str, Verification] = {}
+        self.earlier: dict[str, TrialRecord] = {}
+        self.unasked: list[str] = []
         self.columns: dict[str, dict[str, Any]] = {}  # of every point of a trial; a hash is dear to work out
 
-    def take_up(self, state: Verification, config: RunConfig) -> None:
-        """A trial is trained; ``advance`` says what is to be verified of it."""
-        self.states[state.trial] = state
-        self.columns[state.trial] = {
+    # --- which trials
+
+    def take_up(self, record: TrialRecord, config: RunConfig) -> bool:
+        """Go on with a trial that an earlier driver had trained. False if its network is gone: it is trained again."""
+        if not self._kept(record):
+            self.earlier[record.id] = record
+            return False
+        self._begin(record, record.id, config, record.train_seconds or 0.0)
+        self.unasked.append(record.id)
+        return True
+
+    def resume(self) -> list[Chunk]:
+        """What is still to be verified of the trials that were taken up. To be called once."""
+        unasked, self.unasked = self.unasked, []
+        return [chunk for trial in unasked for chunk in self.advance(trial)]
+
+    def trained(
+        self, trial: str, config: RunConfig, networks: Mapping[str, bytes], chosen: str, epochs: int, seconds: float
+    ) -> list[Chunk]:  # fmt: skip
+        """Keep the networks of a trial (``last`` and ``best``), and say what has to be verified of the chosen one.
+
+        The chosen one is ``checkpoints/TRIAL.safetensors``, another one ``checkpoints/TRIAL.best.safetensors`` or
+        ``.last``.
+        """
+        network, store = networks[chosen], self.course.store
+        for name, other in networks.items():
+            if other != network:
+                store.save_checkpoint(f"{trial}.{name}", other)
+        path = store.save_checkpoint(trial, network)
+        digest = hashlib.sha256(network).hexdigest()
+        self.course.emit(
+            {
+                "event": "trained", "trial": trial, "epochs": epochs, "train_seconds": seconds,
+                "checkpoint": path.relative_to(store.path).as_posix(), "sha256": digest,
+            }
+        )  # fmt: skip
+        earlier = self.earlier.pop(trial, None)  # the same weights again, whose file was lost: verdicts still hold
+        same = earlier if earlier is not None and earlier.sha256 == digest else None
+        self._begin(same, trial, config, seconds)
+        return self.advance(trial)
+
+    def checkpoint(self, trial: str) -> Path:
+        """The network of a trained trial that is verified."""
+        return self.course.store.path / "checkpoints" / f"{trial}.safetensors"
+
+    def _kept(self, trial: TrialRecord) -> bool:
+        """Whether the network that the verdicts are about is still there."""
+        path = self.course.store.path / (trial.checkpoint or "missing")
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == trial.sha256
+
+    def _begin(self, record: TrialRecord | None, trial: str, config: RunConfig, seconds: float) -> None:
+        """Take up a trained trial after what ``record`` knows of the same network."""
+        self.states[trial] = Verification.of(record, trial, self.pieces, seconds)
+        self.columns[trial] = {
             "method": config.method, "seed": config.seed, "split": "selection", "config_hash": config.config_hash,
         }  # fmt: skip
 
@@ -50,6 +107,8 @@ class Verifying:
         """A trial has ended, as far as verification goes."""
         self.states.pop(trial, None)
         self.columns.pop(trial, None)
+
+    # --- what verifiers say
 
     def verified(self, result: ChunkResult) -> list[Chunk]:
         """Verdicts of a chunk arrived; a second delivery changes nothing. Returns what has to be verified next."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ALIVE_SECONDS = 30.0
-_ENDS = ("trained", "stopped")
+_ENDS = ("trained", "stopped", "waiting")
 _BREAKS = ("failed", "died", "oom")
 
 

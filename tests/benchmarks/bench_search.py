@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ FINAL = {"standard_accuracy": "standard_accuracy", "ibp_certified_accuracy": "ce
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One way to search. ``by``: the metric that rungs compare, all proxies without one; ``promote``: see ``Setup``."""
+    """One way to search. ``by``: the metric that rungs compare, all proxies without one; ``promote``: trials wait, and
+    at the end those that are left go on, best first, until all are trained."""
 
     sampler: str = "random"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
@@ -142,9 +143,11 @@ class Recording:
         goals = (
             None if search.by is None else {search.by: "minimize" if search.by.startswith("ideal_bits") else "maximize"}
         )
+        rest = "promote" if search.promote else "stop"
+        scheduler = replace(search.scheduler, promote=search.promote, rest=rest)
         setup = Setup(
-            sampler=search.sampler, scheduler=search.scheduler, workers=workers, trials=trials or len(self.curves),
-            seed=seed, goals=goals, promote=search.promote,
+            sampler=search.sampler, scheduler=scheduler, workers=workers, trials=trials or len(self.curves), seed=seed,
+            goals=goals,
         )  # fmt: skip
         return simulate(self.space, self.curves, self.reference, setup)
 

@@ -19,7 +19,7 @@ def test_seeds_are_shown_beside_random_search(capsys: pytest.CaptureFixture[str]
         assert 0 < seed["stopped"] < seed["started"] == 12
         assert seed["hypervolume"] == seed["steps"][-1][2]
         assert seed["time"] <= seed["cost"]
-    assert run([*SMALL, "--promote", "--json"]) == 0
+    assert run([*SMALL, "--promote", "--rest", "promote", "--json"]) == 0
     assert [seed["stopped"] for seed in json.loads(capsys.readouterr().out)["seeds"]] == [
         0,
         0,
@@ -35,6 +35,8 @@ def test_seeds_are_shown_beside_random_search(capsys: pytest.CaptureFixture[str]
         (["--scheduler", "hyperband"], "hyperband"),
         (["--sampler", "cma"], "cma"),
         (["--ranking", "best"], "best"),
+        (["--rest", "wait"], "scheduler.rest: got 'wait'; expected one of stop, promote"),
+        (["--stop", "--rest", "promote"], "rest: got 'promote'; expected stop: with promote: false nobody waits"),
     ],
 )
 def test_bad_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ class Driver:
 
     def __init__(self, folder: Path) -> None:
         constraint = {"metric": "standard_accuracy@int8", "min": 2.0}  # nothing can meet it
-        search = {"trials": 40, "sampler": "random", "scheduler": {"name": "asha"}}
+        search = {"trials": 40, "sampler": "random", "scheduler": {"name": "asha", "promote": False}}
         self.folder = folder
         self.space = parse_space(
             {**SPACE, "train": {"epochs": EPOCHS}, "search": search, "constraints": [constraint]}, "contract.yaml"

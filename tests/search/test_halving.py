@@ -3,11 +3,12 @@
 import json
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cactus_ray.search.halving import Decision, Halving, Rules, replayed
+from cactus_ray.search.halving import Decision, Halving, Rules, following, replayed
 from cactus_ray.search.objectives import Constraint
 
 GOALS = {"certified": "maximize", "bytes": "minimize"}
@@ -162,49 +163,100 @@ def test_rules_that_make_no_sense_are_refused(bad: dict[str, Any], message: str)
         rules(**bad)
 
 
+ALL = {f"t{i}" for i in range(30)} | {"best", "infeasible", "broken"}
+
+
 def test_whoever_waits_goes_on_once_among_the_best_share() -> None:
     halving = Halving(rules(promote=True))
     found = [ask(halving, f"t{i}", 1, certified).go_on for i, certified in enumerate([0.3, 0.1])]
     assert found == [False, False]  # a third of two is nobody
-    assert halving.promote() is None
+    assert halving.promote(ALL) is None
     assert not ask(halving, "t2", 1, 0.2).go_on
-    first = halving.promote()
+    assert halving.promote(ALL - {"t0"}) is None  # only those that do wait are asked for
+    first = halving.promote(ALL)
     assert first is not None
     assert (first.trial, first.rank, first.of, first.go_on, first.promoted) == ("t0", 1, 3, True, True)
     assert halving.standing("t0") is first
-    assert halving.promote() is None
+    assert halving.promote(ALL) is None
     assert [ask(halving, f"t{i}", 1, 0.05).go_on for i in (3, 4, 5)] == [False] * 3
     assert ask(halving, "best", 1, 0.9).go_on  # the first of seven need not wait
-    anyway = halving.promote(anyway=True)
-    assert anyway is not None
-    assert (anyway.trial, anyway.rank) == ("t2", 3)
+
+
+def test_at_the_end_a_few_of_every_rung_go_on_once_nobody_can_come_there_any_more() -> None:
+    halving = Halving(rules(promote=True))
+    for i, certified in enumerate([0.3, 0.1]):
+        ask(halving, f"t{i}", 1, certified)
+    assert halving.promote(ALL, closing=True, busy=["t2"]) is None  # the third may be better than both
+    for i, certified in enumerate([0.2, 0.4, 0.05], 2):
+        ask(halving, f"t{i}", 1, certified)
+    assert halving.promote(ALL) is None  # t3 was the best of four and need not wait
+    for trial, rank in (("t0", 2), ("t2", 3)):  # three of five, out of whom one would be chosen
+        found = halving.promote(ALL, closing=True, busy=["t3"])
+        assert found is not None
+        assert (found.trial, found.rank) == (trial, rank)
+    assert halving.promote(ALL, closing=True) is None
+    ask(halving, "t3", 3, 0.4)
+    ask(halving, "t0", 3, 0.5)
+    assert halving.promote(ALL, closing=True, busy=["t2"]) is None
+    ask(halving, "t2", 3, 0.6)
+    assert [d.trial for d in iter(lambda: halving.promote(ALL, closing=True), None)] == ["t0", "t3"]
+    assert replayed(halving.rules, halving.decisions) == sorted(
+        halving.decisions, key=lambda d: (d.rung, d.of, d.promoted, d.rank if d.promoted else 0)
+    )
+
+
+def test_the_rest_goes_on_best_first_where_the_rules_say_so() -> None:
+    halving = Halving(rules(promote=True, rest=True, reduction=2.0))
+    for i in range(6):
+        ask(halving, f"t{i}", 1, 0.9 - 0.1 * i)
+    assert [d.trial for d in iter(lambda: halving.promote(ALL), None)] == ["t0", "t1", "t2"]
+    found = [d.trial for d in iter(lambda: halving.promote(ALL, closing=True, busy=["t0"]), None)]
+    assert found == ["t3", "t4", "t5"]
+
+
+def test_a_free_place_goes_to_one_that_waits_then_to_a_new_one_then_to_the_end() -> None:
+    halving = Halving(rules(promote=True))
+    for i, certified in enumerate([0.3, 0.1, 0.2]):
+        ask(halving, f"t{i}", 1, certified)
+    new = iter(["t3", None, None, None])
+
+    def who(busy: list[str]) -> str | None:
+        found = following(halving, ALL, lambda: next(new), busy)
+        return found.trial if isinstance(found, Decision) else found
+
+    assert [who([]), who([]), who(["t3"]), who([]), who([])] == ["t0", "t3", None, "t2", "t1"]
+    assert following(halving, set(), lambda: None, []) is None
 
 
 def test_the_highest_rung_promotes_first_and_what_was_not_compared_never_goes_on() -> None:
-    halving = Halving(rules(promote=True, reduction=2.0, constraints=(Constraint("certified", min=0.05),)))
+    halving = Halving(rules(promote=True, rest=True, reduction=2.0, constraints=(Constraint("certified", min=0.05),)))
     for i, certified in enumerate([0.4, 0.3, 0.2, 0.1]):
         ask(halving, f"t{i}", 1, certified)
     for trial, certified in (("t2", 0.2), ("t3", 0.1)):
         ask(halving, trial, 2, certified)
-    order = [decision.trial for decision in iter(halving.promote, None)]
+    order = [decision.trial for decision in iter(lambda: halving.promote(ALL), None)]
     assert order == ["t2", "t0", "t1"]
     ask(halving, "infeasible", 1, 0.01)
     assert halving.report("broken", 1, {}) is not None
-    left = [decision.trial for decision in iter(lambda: halving.promote(anyway=True), None)]
+    left = [decision.trial for decision in iter(lambda: halving.promote(ALL, closing=True), None)]
     assert left == ["t3"]
 
 
-def test_promotions_are_rebuilt_from_records() -> None:
+def test_promotions_are_rebuilt_from_records_and_replayed() -> None:
     halving, draws = Halving(rules(promote=True)), random.Random(0)
     for i in range(20):
         ask(halving, f"t{i}", 1, draws.random(), draws.random())
-        halving.promote()
+        halving.promote(ALL)
     plain = json.loads(json.dumps(halving.state()))
     again = Halving(rules(promote=True))
     again.take_up(map(Decision.of_event, random.Random(1).sample(plain, len(plain))))
     assert [again.standing(f"t{i}") for i in range(20)] == [halving.standing(f"t{i}") for i in range(20)]
     assert sum(d.promoted for d in again.decisions) > 2
     assert ask(again, "t20", 1, 0.5, 0.5) == ask(halving, "t20", 1, 0.5, 0.5)
-    assert again.promote() == halving.promote()
-    reports = [d for d in halving.decisions if not d.promoted]
-    assert replayed(rules(promote=True), halving.decisions) == reports
+    assert again.promote(ALL) == halving.promote(ALL)
+    assert replayed(rules(promote=True), halving.decisions) == halving.decisions
+    wrong = [replace(d, go_on=True, promoted=True) for d in halving.decisions if halving.standing(d.trial) is d]
+    lost = [d for d in wrong if d not in halving.decisions and d.rank == d.of > 3]
+    found = replayed(rules(promote=True), [*halving.decisions, *lost])
+    assert lost
+    assert found == halving.decisions  # one that was promoted without a reason is not promoted again

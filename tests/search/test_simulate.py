@@ -9,7 +9,9 @@ import pytest
 from course import SPACE, begin, result, started
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.halving import replayed
 from cactus_ray.search.pareto import relative_hypervolume
+from cactus_ray.search.rungs import rules_of
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.simulate import Curve, Setup, comparable, distance, nearest, recorded_curves, simulate
 from cactus_ray.search.space import Space, parse_space
@@ -21,7 +23,7 @@ PARAMETERS = {
     "learning_rate": {"min": 0.001, "max": 0.1, "distribution": "log_uniform_values"},
     "awp_radius": {"min": 0.0, "max": 1.0, "when": {"method": ["cactus"]}},
 }
-ASHA = SchedulerSettings(name="asha")
+ASHA = SchedulerSettings(name="asha", promote=False)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +122,10 @@ def test_curves_without_accuracies_are_refused(space: Space, curves: list[Curve]
         simulate(space, bare, REFERENCE, Setup(trials=1))
 
 
-def test_trials_that_wait_go_on_from_where_they_were(space: Space, curves: list[Curve]) -> None:
-    setup = Setup(sampler="random", scheduler=ASHA, trials=30, promote=True)
+@pytest.mark.parametrize("workers", [1, 5])
+def test_trials_that_wait_go_on_from_where_they_were(space: Space, curves: list[Curve], workers: int) -> None:
+    promoting = replace(ASHA, promote=True, rest="promote")
+    setup = Setup(sampler="random", scheduler=promoting, trials=30, workers=workers)
     found = simulate(space, curves, REFERENCE, setup)
     assert found == simulate(space, curves, REFERENCE, setup)
     assert sorted(found.started) == list(range(30))
@@ -130,8 +134,29 @@ def test_trials_that_wait_go_on_from_where_they_were(space: Space, curves: list[
     waited = {d.trial for d in found.decisions if not d.go_on}
     promoted = [d.trial for d in found.decisions if d.promoted]
     assert waited == set(promoted)
-    at_once = simulate(space, curves, REFERENCE, Setup(sampler="random", trials=30))
+    at_once = simulate(space, curves, REFERENCE, Setup(sampler="random", trials=30, workers=workers))
     assert found.cost_of(0.9 * found.hypervolume) < at_once.cost_of(0.9 * found.hypervolume)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("trials", [1, 2, 5, 30])
+def test_at_the_end_of_every_rung_at_least_the_best_three_go_on_and_the_others_stop(
+    space: Space, curves: list[Curve], trials: int, workers: int
+) -> None:
+    setup = Setup(sampler="random", scheduler=replace(ASHA, promote=True), trials=trials, workers=workers)
+    found = simulate(space, curves, REFERENCE, setup)
+    by_rung = {d.rung: [other for other in found.decisions if other.rung == d.rung] for d in found.decisions}
+    stopped = 0
+    for decisions in by_rung.values():
+        arrived = {d.trial for d in decisions}
+        went_on = {d.trial for d in decisions if d.go_on}
+        assert len(went_on) >= min(len(arrived), max(len(arrived) // 3, 3))
+        assert len(went_on) <= max(len(arrived) // 2, 3)
+        stopped += len(arrived - went_on)
+    assert (len(found.steps), found.stopped) == (trials - stopped, stopped)
+    assert replayed(rules_of(setup.scheduler, comparable(space, curves)), found.decisions) == sorted(
+        found.decisions, key=lambda d: (d.rung, d.of, d.promoted, d.rank if d.promoted else 0)
+    )
 
 
 def test_scoring_counts_where_rungs_ask(space: Space, curves: list[Curve]) -> None:
