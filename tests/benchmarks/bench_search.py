@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,11 @@ FINAL = {"standard_accuracy": "standard_accuracy", "ibp_certified_accuracy": "ce
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One way to search. ``by``: the metric that rungs compare, all proxies without one; ``promote``: trials wait, and
-    at the end those that are left go on, best first, until all are trained."""
+    """One way to search. ``by``: the metric that rungs compare, all proxies without one."""
 
     sampler: str = "random"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     by: str | None = None
-    promote: bool = False
 
 
 def read_curves(file: Path) -> tuple[Space, list[Curve], dict[str, float]]:
@@ -143,11 +141,9 @@ class Recording:
         goals = (
             None if search.by is None else {search.by: "minimize" if search.by.startswith("ideal_bits") else "maximize"}
         )
-        rest = "promote" if search.promote else "stop"
-        scheduler = replace(search.scheduler, promote=search.promote, rest=rest)
         setup = Setup(
-            sampler=search.sampler, scheduler=scheduler, workers=workers, trials=trials or len(self.curves), seed=seed,
-            goals=goals,
+            sampler=search.sampler, scheduler=search.scheduler, workers=workers, trials=trials or len(self.curves),
+            seed=seed, goals=goals,
         )  # fmt: skip
         return simulate(self.space, self.curves, self.reference, setup)
 
@@ -158,15 +154,40 @@ def shares(recording: Recording, search: Search, bases: Sequence[Simulated], wor
     return [one.cost_of(base.hypervolume) / base.cost for one, base in zip(found, bases, strict=True)]
 
 
+def promoting(scheduler: SchedulerSettings) -> SchedulerSettings:
+    """Trials wait, and at the end those that are left go on, best first, until all are trained."""
+    return replace(scheduler, promote=True, rest="promote")
+
+
+def stopping(scheduler: SchedulerSettings) -> SchedulerSettings:
+    """Trials that are not among the best end for good."""
+    return replace(scheduler, promote=False, rest="stop")
+
+
 def searches(scheduler: SchedulerSettings, sampler: str) -> dict[str, Search]:
     """Several metrics at once: with both samplers, stopping and promoting; and whole trials."""
     return {
-        f"several metrics, {sampler}, promoting": Search(sampler, scheduler, promote=True),
-        f"several metrics, {sampler}, stopping": Search(sampler, scheduler),
-        "several metrics, random, promoting": Search("random", scheduler, promote=True),
-        "several metrics, random, stopping": Search("random", scheduler),
+        f"several metrics, {sampler}, promoting": Search(sampler, promoting(scheduler)),
+        f"several metrics, {sampler}, stopping": Search(sampler, stopping(scheduler)),
+        "several metrics, random, promoting": Search("random", promoting(scheduler)),
+        "several metrics, random, stopping": Search("random", stopping(scheduler)),
         f"whole trials, {sampler}": Search(sampler),
     }
+
+
+def whole_studies(recording: Recording, scheduler: SchedulerSettings, trials: int, seeds: int) -> Iterator[str]:
+    """Studies of so many random trials, waiting (with the rest stopped) and stopping, against all trials trained whole:
+    shares of their cost and of their hypervolume, a line each."""
+    bases = [recording.run(Search(), seed, 1, trials) for seed in range(seeds)]
+    for name, how in (("waiting", replace(scheduler, promote=True)), ("stopping", stopping(scheduler))):
+        found = [recording.run(Search("random", how), seed, 1, trials) for seed in range(seeds)]
+        costs = [one.cost / base.cost for one, base in zip(found, bases, strict=True)]
+        volumes = [one.hypervolume / base.hypervolume for one, base in zip(found, bases, strict=True)]
+        whole = statistics.median(len(one.steps) for one in found)
+        yield (
+            f"{trials:4} trials, {name:8}: {statistics.median(costs):.2f} of the cost, {statistics.median(volumes):.3f} "
+            f"of the hypervolume (worst {min(volumes):.3f}), {whole:g} trials trained whole"
+        )
 
 
 def line(name: str, found: Sequence[float]) -> str:
@@ -185,11 +206,16 @@ def main() -> None:
     parser.add_argument("--reduction", type=float, default=3.0)
     parser.add_argument("--min-epochs", type=int, default=1)
     parser.add_argument("--ranking", default="hypervolume")
+    parser.add_argument("--studies", type=int, nargs="+", help="instead: what studies of so many trials keep")
     asked = parser.parse_args()
     scheduler = SchedulerSettings(
         name="asha", reduction=asked.reduction, min_epochs=asked.min_epochs, ranking=asked.ranking
     )  # fmt: skip
     recording = Recording(*read_curves(asked.curves))
+    for trials in asked.studies or ():
+        print(*whole_studies(recording, scheduler, trials, asked.seeds), sep="\n", flush=True)
+    if asked.studies:
+        return
     if asked.trials > len(recording.curves):
         raise SystemExit(f"--trials: got {asked.trials}; expected at most the {len(recording.curves)} recorded ones")
     bases = [recording.run(Search(), seed, asked.workers, asked.trials) for seed in range(asked.seeds)]
@@ -205,9 +231,9 @@ def main() -> None:
         print(line(name, table[name]), flush=True)
     metrics = single_metrics(recording.space, recording.curves)
     for metric in metrics:
-        for promote in (True, False):
-            search = Search("random", scheduler, metric, promote)
-            name = f"{metric}, {'promoting' if promote else 'stopping'}"
+        for how in (promoting, stopping):
+            search = Search("random", how(scheduler), metric)
+            name = f"{metric}, {how.__name__}"
             table[name] = shares(recording, search, bases, asked.workers)
             print(line(name, table[name]), flush=True)
     medians = {name: statistics.median(found) for name, found in table.items()}

@@ -1,17 +1,20 @@
 """Early stopping on a small real Ray: in anybody's Tune experiment, and in a study of ours."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from chaos import plain_network
 from ray import tune
 from tiny_study import SPACE, run, space
 
 from cactus_ray.cluster.connect import connected
 from cactus_ray.cluster.scheduler import MultiObjectiveASHA
 from cactus_ray.search.halving import replayed
+from cactus_ray.search.in_flight import FOLDER
 from cactus_ray.search.rungs import Rungs
 from cactus_ray.search.store import Records, with_front
 
@@ -44,6 +47,8 @@ def test_max_t_and_a_single_metric_are_what_tune_expects() -> None:
         MultiObjectiveASHA(["a"], ["max"], max_t=1, grace_period=2)
     with pytest.raises(ValueError, match="a goal for each"):
         MultiObjectiveASHA(["a", "b"], ["max"])
+    with pytest.raises(ValueError, match="promote is True; expected False"):
+        MultiObjectiveASHA(["a"], ["max"], promote=True)
     assert not MultiObjectiveASHA(["a"], ["max"]).set_search_properties("a", "max")
     assert MultiObjectiveASHA(["a"], ["max"]).set_search_properties(None, None)
 
@@ -56,7 +61,7 @@ def check(records: Records, trials: int, tiny: Any) -> None:
     decisions = [d for t in found for d in t.rungs]
     assert sorted(map(str, replayed(Rungs(tiny, Records()).halving.rules, decisions))) == sorted(map(str, decisions))
     for trial in found:
-        assert (trial.status == "stopped") == (not all(d.go_on for d in trial.rungs))
+        assert (trial.status == "stopped") == (not trial.rungs[-1].go_on)
         for decision in trial.rungs:
             values = {e["epoch"]: e["metrics"] for e in trial.epochs}[int(decision.resource)]
             assert dict(decision.values) == {name: values[name] for name in decision.values}
@@ -68,12 +73,34 @@ def check(records: Records, trials: int, tiny: Any) -> None:
 
 
 PARAMETERS = {"method": {"value": "ibp"}, "learning_rate": {"values": [0.01, 0.008, 1e-6, 2e-6, 3e-6]}}
-SEARCH = {"trials": 5, "concurrency": 1, "sampler": "random", "scheduler": {"name": "asha"}}
+STOPPING = {"name": "asha", "promote": False}
+SEARCH = {"trials": 5, "concurrency": 1, "sampler": "random", "scheduler": STOPPING}
 
 
 def test_trials_of_a_study_stop_themselves_at_rungs(tmp_path: Path) -> None:
     tiny = space(parameters=PARAMETERS, search=SEARCH, train={**SPACE["train"], "epochs": 4})
     check(run(tiny, tmp_path), 5, tiny)
+
+
+@pytest.mark.parametrize("execution", ["direct", pytest.param("train", marks=pytest.mark.slow)])
+def test_a_trial_waits_and_is_promoted_to_the_network_that_it_would_have_been(tmp_path: Path, execution: str) -> None:
+    search = {**SEARCH, "scheduler": {"name": "asha"}}
+    train = {**SPACE["train"], "epochs": 4}
+    tiny = space(parameters=PARAMETERS, search=search, train=train, resources={"execution": execution})
+    records = run(tiny, tmp_path)
+    check(records, 5, tiny)
+    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    waited = {event["trial"] for event in events if event["event"] == "waiting"}
+    went_on = [event["epoch"] for event in events if event["event"] == "begun" and event["epoch"]]
+    promoted = [d for trial in records.trials.values() for d in trial.rungs if d.promoted]
+    assert sorted(went_on) == sorted(int(decision.resource) for decision in promoted)
+    assert len(promoted) >= 2
+    completed = [trial for trial in records.trials.values() if trial.status == "completed"]
+    assert {trial.id for trial in completed} & waited
+    for trial in completed:
+        assert [e["epoch"] for e in trial.epochs] == [1, 2, 3, 4]  # none twice
+        assert trial.sha256 == plain_network(trial.config)
+    assert list((tmp_path / FOLDER).iterdir()) == []
 
 
 @pytest.mark.slow

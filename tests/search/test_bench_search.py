@@ -69,7 +69,7 @@ def test_cost_is_training_scoring_at_rungs_and_verification(bench: ModuleType, t
     whole = found.run(bench.Search(), 0, 1)
     assert whole.cost == pytest.approx(3 * (3 + 2))  # nobody scores where nobody asks
     assert whole.hypervolume == pytest.approx(0.5 * 0.5 * 0.8)  # the smaller point covers the larger one
-    asha = SchedulerSettings(name="asha", reduction=3, min_epochs=1)
+    asha = SchedulerSettings(name="asha", reduction=3, min_epochs=1, promote=False)
     halved = found.run(bench.Search("random", asha), 0, 1)
     assert halved.stopped == 1  # the first two of a rung go on; of three equal ones the first does
     assert halved.cost == pytest.approx(2 * (3 + 2) + 1 + 3 * 0.3)
@@ -90,7 +90,7 @@ def test_what_is_never_reached_is_infinite(bench: ModuleType, tmp_path: Path) ->
     late = row(6, 2)
     late["points"] = [[9, 9, 1, 0, size, 0, 0] for size in (800, 200)]  # looks bad to the end and is best
     found = recording(bench, tmp_path, [*rows, late])
-    asha = bench.Search("random", SchedulerSettings(name="asha", reduction=3, min_epochs=1))
+    asha = bench.Search("random", SchedulerSettings(name="asha", reduction=3, min_epochs=1, promote=False))
     bases = [found.run(bench.Search(), seed, 1, 6) for seed in range(6)]
     shares = bench.shares(found, asha, bases, 1)
     first_two = [5 in base.started[:2] for base in bases]
