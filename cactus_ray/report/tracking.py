@@ -181,6 +181,7 @@ class Tracker:
         return self.runs.get(trial) or self._open(trial, "trial", config)
 
     def _on_started(self, event: Mapping[str, Any]) -> None:
+        self.configs[str(event["trial"])] = dict(event.get("config", {}))
         self._trial(event).config.update(
             {"parameters": event.get("parameters", {}), "config_hash": event.get("config_hash")}, allow_val_change=True
         )
@@ -211,7 +212,10 @@ class Tracker:
         self.runs["study"].log(self._numbers())
 
     def _on_stopped(self, event: Mapping[str, Any]) -> None:
-        self._end(event, {"status": "stopped", "reason": str(event["reason"])}, 1)
+        if self.ended.get(str(event["trial"])) == "waiting":  # its run says so, and is not opened again for a word
+            self.ended[str(event["trial"])] = "stopped"
+        else:
+            self._end(event, {"status": "stopped", "reason": str(event["reason"])}, 1)
         self.runs["study"].log(self._numbers())
 
     def _on_waiting(self, event: Mapping[str, Any]) -> None:

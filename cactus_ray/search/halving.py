@@ -23,10 +23,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from cactus_ray.search.objectives import Constraint
 from cactus_ray.search.pareto import GOALS
-from cactus_ray.search.ranking import RANKINGS, Fronts, within_front
+from cactus_ray.search.ranking import RANKINGS, Fronts, Indices, within_front
 
 New = TypeVar("New")
 
@@ -129,30 +130,48 @@ class Decision:
 class _Rung:
     """All reports to one rung: feasible ones, infeasible ones (by violation), and those with a value missing.
 
-    ``known``: how many were ordered when so many feasible ones were there, and their trials.
+    ``numbers``: trial -> its number among the feasible; ``held``: by number, whether it stands here and does not go
+    on; ``orders``: of fronts, as long as they have the members for which they were worked out.
     """
 
     fronts: Fronts
     trials: list[str] = field(default_factory=list)
+    numbers: dict[str, int] = field(default_factory=dict)
     violations: list[float] = field(default_factory=list)
     broken: int = 0
-    known: tuple[int, int, list[str]] = field(default=(-1, -1, []))
+    held: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(16, dtype=np.bool_))
+    orders: dict[int, tuple[Indices, Indices]] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         return self.fronts.count + len(self.violations) + self.broken
 
-    def best(self, kept: int, ranking: str) -> list[str]:
-        """The best so many of the trials that are compared by objectives, best first."""
-        if self.known[0] < kept or self.known[1] != self.fronts.count:
-            found: list[str] = []
-            for members in map(np.sort, self.fronts.fronts):
-                if len(found) >= kept:
-                    break
-                order = within_front(self.fronts.rows[members], ranking)
-                found += [self.trials[members[place]] for place in order]
-            self.known = len(found), self.fronts.count, found
-        return self.known[2][:kept]
+    def hold(self, trial: str, held: bool) -> None:
+        """Note whether a trial stands here and does not go on."""
+        number = self.numbers.get(trial)
+        if number is not None:
+            self.held[number] = held
+
+    def order(self, front: int, ranking: str) -> Indices:
+        """The numbers of a front's members, best first; they grow with the order of reports."""
+        members = np.sort(self.fronts.fronts[front])
+        known = self.orders.get(front)
+        if known is None or not np.array_equal(known[0], members):
+            known = self.orders[front] = members, members[within_front(self.fronts.rows[members], ranking)]
+        return known[1]
+
+    def first(self, kept: int, ranking: str, waiting: Collection[str]) -> tuple[int, int] | None:
+        """The number and the rank (from 1) of the first of the best so many that is held here and waits."""
+        ahead = 0
+        for front, members in enumerate(self.fronts.fronts):
+            if ahead >= kept:
+                break
+            if self.held[members].any():
+                for rank, number in enumerate(self.order(front, ranking)[: kept - ahead], ahead + 1):
+                    if self.held[number] and self.trials[number] in waiting:
+                        return int(number), rank
+            ahead += len(members)
+        return None
 
 
 class Halving:
@@ -192,8 +211,9 @@ class Halving:
         values = {name: _finite(metrics.get(name)) for name in self.rules.metrics}
         place = self._rungs.setdefault(rung, _Rung(Fronts(len(self.rules.goals) + 1)))
         front, rank = self._add(place, trial, values, progress)
-        if front is not None:
-            rank += _within(place.fronts, front, self.rules.ranking)
+        if front is not None:  # the newest has the highest number
+            order = place.order(front, self.rules.ranking)
+            rank += int(np.flatnonzero(order == place.fronts.count - 1)[0])
         of = place.count
         kept = self.rules.share(of)
         broken = any(value is None for value in values.values())
@@ -201,7 +221,7 @@ class Halving:
         go_on = rank <= kept and not waits if kept or self.rules.promote else (not broken or rank == 1)
         decision = Decision(trial, rung, resource, progress, values, front, rank, of, go_on)
         self.decisions.append(decision)
-        self._standing[trial] = decision
+        self._stand(decision)
         return decision
 
     def promote(self, waiting: Collection[str], closing: bool = False, busy: Collection[str] = ()) -> Decision | None:
@@ -232,14 +252,23 @@ class Halving:
     def _promoted(self, rung: float, kept: int, waiting: Collection[str]) -> Decision | None:
         """The first of the best so many of a rung that waits there."""
         place = self._rungs[rung]
-        for rank, trial in enumerate(place.best(kept, self.rules.ranking), 1):
-            standing = self._standing[trial]
-            if trial in waiting and standing.rung == rung and not standing.go_on:
-                decision = replace(standing, rank=rank, of=place.count, go_on=True, promoted=True)
-                self.decisions.append(decision)
-                self._standing[trial] = decision
-                return decision
-        return None
+        found = place.first(kept, self.rules.ranking, waiting)
+        if found is None:
+            return None
+        number, rank = found
+        standing = self._standing[place.trials[number]]
+        decision = replace(standing, rank=rank, of=place.count, go_on=True, promoted=True)
+        self.decisions.append(decision)
+        self._stand(decision)
+        return decision
+
+    def _stand(self, decision: Decision) -> None:
+        """From now on this decision on its trial stands."""
+        before = self.standing(decision.trial)
+        if before is not None:
+            self._rungs[before.rung].hold(decision.trial, False)
+        self._rungs[decision.rung].hold(decision.trial, not decision.go_on)
+        self._standing[decision.trial] = decision
 
     def _is_before(self, trial: str, rung: float) -> bool:
         standing = self.standing(trial)
@@ -259,7 +288,10 @@ class Halving:
             place.violations.insert(behind, violation)
             return None, place.fronts.count + behind + 1
         row = [known[m] * (-1.0 if goal == "maximize" else 1.0) for m, goal in self.rules.goals.items()]
+        number = place.numbers[trial] = len(place.trials)
         place.trials.append(trial)
+        if number >= len(place.held):
+            place.held = np.concatenate([place.held, np.zeros_like(place.held)])
         front = place.fronts.add(np.array([*row, progress]))
         return front, place.fronts.ahead_of(front) + 1
 
@@ -268,14 +300,14 @@ class Halving:
     def take_up(self, decisions: Iterable[Decision]) -> None:
         """Continue from recorded decisions, in any order: ``of`` numbers those of a rung. Each stands as recorded."""
         for recorded in sorted(decisions, key=_order):
+            place = self._rungs.setdefault(recorded.rung, _Rung(Fronts(len(self.rules.goals) + 1)))
             if not recorded.promoted:
-                place = self._rungs.setdefault(recorded.rung, _Rung(Fronts(len(self.rules.goals) + 1)))
                 values = {name: _finite(recorded.values.get(name)) for name in self.rules.metrics}
                 self._add(place, recorded.trial, values, recorded.progress)
             self.decisions.append(recorded)
             standing = self.standing(recorded.trial)
             if standing is None or standing.rung < recorded.rung or recorded.promoted:
-                self._standing[recorded.trial] = recorded
+                self._stand(recorded)
 
     def state(self) -> list[dict[str, Any]]:
         """All there is to know, as plain JSON data: ``take_up(map(Decision.of_event, state))`` goes on from it."""
@@ -310,13 +342,6 @@ def replayed(rules: Rules, decisions: Iterable[Decision]) -> list[Decision]:
 def _order(decision: Decision) -> tuple[float, int, bool, int]:
     """Rung by rung in the order of reports; who was promoted after so many comes behind the last one, best first."""
     return decision.rung, decision.of, decision.promoted, decision.rank if decision.promoted else 0
-
-
-def _within(fronts: Fronts, front: int, ranking: str) -> int:
-    """How many of its front are before the newest point; numbers grow with the order of reports."""
-    members = np.sort(fronts.fronts[front])
-    order = within_front(fronts.rows[members], ranking)
-    return int(np.flatnonzero(order == len(members) - 1)[0])
 
 
 def _finite(value: Any) -> float | None:

@@ -2,12 +2,13 @@
 
 ``in_flight/TRIAL-EPOCH-SHA256.safetensors`` in the folder of a run: the name holds the digest of the content, so that a
 file that was torn or changed is known without any other record. A trial has one, and two while one replaces the other;
-it has none once it has ended.
+it has none once it has ended. One that waits to be promoted keeps its last one.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -40,15 +41,15 @@ def keep_state(run: Path, trial: str, epoch: int, data: bytes) -> None:
     folder.mkdir(exist_ok=True)
     path = folder / f"{trial}-{epoch}-{hashlib.sha256(data).hexdigest()}.safetensors"
     write_whole(path, data)
-    for file in _files(run):
-        if _trial(file) == trial and file != path:
+    for file in _files(run, trial):
+        if file != path:
             file.unlink()
 
 
 def kept_state(run: Path, trial: str, config: RunConfig) -> Kept:
     """The furthest state of a trial from which training under ``config`` can go on."""
     notes = []
-    mine = [file for file in _files(run) if _trial(file) == trial and file.suffix == ".safetensors"]
+    mine = [file for file in _files(run, trial) if file.suffix == ".safetensors"]
     for file in sorted(mine, key=lambda file: -_epoch(file)):
         data = file.read_bytes()
         if fault := _fault(file, data, config):
@@ -67,9 +68,8 @@ def forget_states(run: Path, under_way: Collection[str]) -> None:
 
 def forget_state(run: Path, trial: str) -> None:
     """Delete the states of a trial that has ended."""
-    for file in _files(run):
-        if _trial(file) == trial:
-            file.unlink(missing_ok=True)
+    for file in _files(run, trial):
+        file.unlink(missing_ok=True)
 
 
 def _fault(file: Path, data: bytes, config: RunConfig) -> str | None:
@@ -86,10 +86,14 @@ def _fault(file: Path, data: bytes, config: RunConfig) -> str | None:
     return None
 
 
-def _files(run: Path) -> list[Path]:
-    """Files of ours, temporary ones among them; what else lies there is not touched."""
+def _files(run: Path, trial: str | None = None) -> list[Path]:
+    """Files of ours, or of one trial, temporary ones among them; what else lies there is not touched."""
     folder = run / FOLDER
-    return [file for file in folder.iterdir() if _NAME.fullmatch(file.name)] if folder.is_dir() else []
+    names = os.listdir(folder) if folder.is_dir() else []
+    if trial is not None:  # many may wait, and looking closely at all of them takes long
+        names = [name for name in names if name.startswith((f"{trial}-", f".{trial}-"))]
+    files = [folder / name for name in names if _NAME.fullmatch(name)]
+    return [file for file in files if trial in (None, _trial(file))]
 
 
 def _trial(file: Path) -> str:

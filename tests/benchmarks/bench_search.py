@@ -185,8 +185,8 @@ def whole_studies(recording: Recording, scheduler: SchedulerSettings, trials: in
         volumes = [one.hypervolume / base.hypervolume for one, base in zip(found, bases, strict=True)]
         whole = statistics.median(len(one.steps) for one in found)
         yield (
-            f"{trials:4} trials, {name:8}: {statistics.median(costs):.2f} of the cost, {statistics.median(volumes):.3f} "
-            f"of the hypervolume (worst {min(volumes):.3f}), {whole:g} trials trained whole"
+            f"{trials:4} trials, {name:8}: {statistics.median(costs):.2f} of the cost, "
+            f"{statistics.median(volumes):.3f} of the hypervolume (worst {min(volumes):.3f}), {whole:g} trained whole"
         )
 
 
