@@ -140,6 +140,24 @@ def test_progress_goes_on_where_an_earlier_driver_ended(run: Path) -> None:
         assert progress.left_text().endswith("left")
 
 
+def test_progress_counts_trials_that_wait_until_they_are_promoted_or_stopped() -> None:
+    space, where = small_space(), console()
+    rung = {"event": "rung", "trial": "t0001", "epoch": 3, "rank": 1, "of": 3, "rung": 3.0, "go_on": True}
+    with StudyProgress(space, Records(), console=where) as progress:
+        for trial in ("t0001", "t0002"):
+            progress.event({"event": "started", "trial": trial, "parameters": {}})
+            progress.event({"event": "waiting", "trial": trial, "reason": "2 of 2 at rung 3"})
+        assert "t0002 waits: 2 of 2 at rung 3 [0 of 6 trials, 2 waiting, about" in printed(where)
+        assert not progress.open
+        progress.event(rung)  # of a trial that never waited
+        assert (progress.waiting, list(progress.open)) == ({"t0001", "t0002"}, [])
+        progress.event({**rung, "promoted": True})
+        assert (progress.waiting, list(progress.open)) == ({"t0002"}, ["t0001"])
+        progress.event({"event": "stopped", "trial": "t0002", "reason": "2 of 2 at rung 3"})
+        assert (progress.waiting, progress.ended) == (set(), 1)
+    assert "t0001 is promoted: 1 of 3 at rung 3 by now" in printed(where)
+
+
 def test_disabled_progress_prints_nothing() -> None:
     space, where = small_space(), console()
     with StudyProgress(space, Records(), enabled=False, console=where) as progress:

@@ -159,6 +159,24 @@ def test_trial_runs_hold_epochs_configuration_and_end(tmp_path: Path) -> None:
     assert [r.exit.exit_code for r in failed if r.WhichOneof("record_type") == "exit"] == [1]
 
 
+def test_a_trial_that_waits_ends_its_run_and_goes_on_in_it(tmp_path: Path) -> None:
+    run, space = tmp_path / "digits", small_space()
+    lines = list(events(space))
+    second = [i for i, e in enumerate(lines) if e.get("trial") == "t0001" and e["event"] == "epoch"][1]
+    waits = {"event": "waiting", "trial": "t0001", "reason": "2 of 2 at rung 1"}
+    rung = {"event": "rung", "trial": "t0001", "epoch": 1, "promoted": True}
+    third = next(i for i, e in enumerate(lines) if e.get("trial") == "t0003" and e["event"] == "stopped")
+    lines[third:third] = [{**waits, "trial": "t0003"}]
+    follow(run, [*lines[:second], waits, rung, *lines[second:]])
+    history = [
+        values(r.history.item) for r in tracked(run)["digits study"][1] if r.WhichOneof("record_type") == "history"
+    ]
+    assert max(row.get("trials_waiting", 0) for row in history) == 1
+    assert (history[-1]["trials_waiting"], history[-1]["trials_stopped"], history[-1]["trials_completed"]) == (0, 1, 4)
+    summary = {key: v for r in tracked(run)["digits t0003"][1] for key, v in values(r.summary.update).items()}
+    assert summary["status"] == "waiting"  # not opened again to say that it waited to the end
+
+
 def test_resumed_study_keeps_its_points_and_group(tmp_path: Path) -> None:
     run, space = tmp_path / "digits", small_space()
     lines = list(events(space))

@@ -15,6 +15,7 @@ from cactus_ray.config import RunConfig
 from cactus_ray.data import load
 from cactus_ray.errors import ConfigError
 from cactus_ray.models.network import pack
+from cactus_ray.search.explain import explain
 from cactus_ray.search.halving import replayed
 from cactus_ray.search.in_flight import FOLDER
 from cactus_ray.search.rungs import Rungs, proxy_goals
@@ -278,6 +279,26 @@ def test_the_rest_goes_on_where_a_limit_ends_it(tmp_path: Path) -> None:
         space_of({"scheduler": scheduler})
     with pytest.raises(ConfigError, match=r"rest: got 'promote'; expected stop: with promote: false nobody waits"):
         space_of({"scheduler": {**scheduler, "promote": False}, "max_hours": 1.0})
+
+
+def test_what_waits_is_explained_until_it_is_promoted(space: Space, tmp_path: Path) -> None:
+    study = begin(space, tmp_path)
+    first, second = started(study), started(study)
+    for start, value in ((first, 0.9), (second, 0.5)):
+        study.epoch(start.id, 1, EPOCHS, metrics(value))
+    study.waits(first.id, 1, b"state", 1.0)
+    records = read_records(tmp_path)
+    reason = explain(space, records, first.id)["reason"]
+    assert reason == "waits after 1 epochs to be among the best of its rung: 1 of 1 at rung 1"
+    record = records.trials[first.id]
+    assert (record.status, record.worked, record.train_seconds) == ("waiting", 1.0, 1.0)
+    for _ in range(2):  # one more, and the best of three is among the best third
+        study.waits(second.id, 1, b"", 1.0)
+        second = started(study)
+        study.epoch(second.id, 1, EPOCHS, metrics(0.1))
+    promoted = read_records(tmp_path).trials[first.id]
+    assert (promoted.status, promoted.error) == ("running", None)
+    assert [d.promoted for d in promoted.rungs] == [False, True]
 
 
 def test_a_bool_is_asked_for_and_without_a_scheduler_nobody_waits() -> None:
