@@ -16,6 +16,7 @@ import gc
 import heapq
 import io
 import itertools
+import logging
 import os
 import random
 import resource
@@ -78,7 +79,7 @@ def space(sampler: str, options: argparse.Namespace) -> Space:
     changes = {
         "search.sampler": sampler, "search.trials": "1000000", "search.scheduler.name": options.scheduler,
         "search.scheduler.reduction": str(options.reduction), "train.epochs": str(options.epochs),
-        "wandb.mode": "disabled",
+        "wandb.mode": "disabled", "search.scheduler.promote": str(not options.stop).lower(),
     }  # fmt: skip
     return load_space(SPACE, changes)
 
@@ -97,15 +98,18 @@ class Workers:
         """Go on until so many more trials have ended."""
         for chunk in self.study.resume():
             self._later(self.noise.random(), lambda chunk=chunk: self._verdicts(chunk))
-        goal = self.study.finished + trials
-        while self.study.finished < goal:
+        goal = self._ended() + trials
+        while self._ended() < goal:
             while self.study.in_flight < WORKERS:
                 with self.times.of("ask (next trial)"):
                     start = self.study.next_trial()
                 assert start is not None
-                self._later(1 + self.noise.random(), lambda start=start: self._epoch(start, 1))
+                self._later(1 + self.noise.random(), lambda start=start: self._epoch(start, start.epoch + 1))
             self.now, _, act = heapq.heappop(self.events)
             act()
+
+    def _ended(self) -> int:
+        return self.study.finished + len(self.study.waiting)
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), act))
@@ -124,8 +128,8 @@ class Workers:
         with self.times.of(kind):
             go_on = self.study.epoch(start.id, epoch, epochs, found)
         if not go_on:
-            with self.times.of("record of a stop"):
-                self.study.stopped(start.id, seconds=float(epoch))
+            with self.times.of("record of a wait" if self.study.rungs.waits(start.id) else "record of a stop"):
+                self.study.waits(start.id, epoch, self.network, float(epoch))
         elif epoch < epochs:
             self._later(1 + self.noise.random(), lambda: self._epoch(start, epoch + 1))
         else:
@@ -229,7 +233,7 @@ def sleeping(trials: int, at_once: int, folder: Path) -> None:
     times, store = Times(), RunStore(folder)
     upkeep = Upkeep(asked, store, Records())
     study = Study(asked, store, Records(), list(range(20)), [upkeep.event])
-    for name in ("epoch", "trained", "verified", "stopped", "next_trial"):
+    for name in ("epoch", "trained", "verified", "stopped", "waits", "next_trial"):
         setattr(study, name, _timed(getattr(study, name), name, times))
     study.begin({"name": "sleep", "seed": 0}, REFERENCE)
     begin, busy = time.perf_counter(), time.process_time()
@@ -255,6 +259,7 @@ def main() -> None:
     parser.add_argument("--trials", default="1000,10000")
     parser.add_argument("--samplers", default="random,tpe")
     parser.add_argument("--scheduler", default="asha", help="none: every trial is trained to its end and verified")
+    parser.add_argument("--stop", action="store_true", help="trials that are not among the best do not wait")
     parser.add_argument("--reduction", type=float, default=3.0, help="of halving: more trials are stopped at once")
     parser.add_argument("--epochs", type=int, default=9)
     parser.add_argument("--measured", type=int, default=200, help="trials that are measured under each sampler")
@@ -264,6 +269,7 @@ def main() -> None:
     parser.add_argument("--ray", type=int, help="this many trials that sleep, through Ray")
     parser.add_argument("--at-once", type=int, default=4)
     options = parser.parse_args()
+    logging.getLogger("cactus_ray.search.attempts").setLevel(logging.ERROR)  # made-up states are passed over
     folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-driver-"))
     try:
         if options.ray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from cactus_ray.errors import UserError
 from cactus_ray.models import create
 from cactus_ray.models.network import pack
 from cactus_ray.search.chunks import ChunkResult, LevelResult
+from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, RunStore
 from cactus_ray.search.study import Study
@@ -198,3 +200,21 @@ def test_a_study_that_would_fill_the_disk_is_refused_with_the_numbers(
     monkeypatch.setattr(estimate, "free_bytes", lambda run: 1_000_000)
     with pytest.raises(UserError, match=r"3 trials writes about 5\.\d+ MB, and 1 MB are free"):
         estimate.refuse_full_disk(space, data, untrained, tmp_path)
+
+
+def test_the_states_of_all_trials_that_may_wait_are_counted(space: Space) -> None:
+    data = load(space.data, ("train", "selection"))
+    untrained = create(space.configuration({"method": "ibp"}, 1), data.input_shape, data.classes, data.class_names)
+    settings: dict[str, dict[str, Any]] = {
+        "none": {},
+        "stopping": {"name": "asha", "promote": False},
+        "waiting": {"name": "asha"},
+    }
+    found = {
+        name: estimate.disk_bytes(
+            replace(space, search=replace(space.search, scheduler=SchedulerSettings(**asked))), data, untrained
+        )
+        for name, asked in settings.items()
+    }
+    assert found["none"] == found["stopping"]
+    assert found["waiting"] - found["stopping"] == space.search.trials * 5 * len(pack(untrained))
