@@ -17,6 +17,7 @@ import yaml
 from chaos import TRAINER, VERIFIER, Search, adopting, leftovers, plain_network, wait_for
 
 from cactus_ray.search.budget import train_seconds
+from cactus_ray.search.decisions import rung_order
 from cactus_ray.search.halving import replayed
 from cactus_ray.search.in_flight import FOLDER
 from cactus_ray.search.rungs import Rungs
@@ -168,6 +169,6 @@ def test_twenty_kills_change_nothing(tmp_path: Path, search: dict[str, Any]) -> 
     assert_nothing_twice(broken)
     assert_ledger_makes_sense(ours, wild)
     assert not list((broken / FOLDER).iterdir())
-    decisions = sorted((d for trial in ours.trials.values() for d in trial.rungs), key=lambda d: (d.rung, d.of))
+    decisions = sorted((d for trial in ours.trials.values() for d in trial.rungs), key=rung_order)
     assert bool(decisions) == ("scheduler" in search)
     assert replayed(Rungs(load_space(file), Records()).halving.rules, decisions) == decisions

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cactus_ray.search.decisions import rung_order
 from cactus_ray.search.halving import Decision, Halving, Rules, following, replayed
 from cactus_ray.search.objectives import Constraint
 
@@ -200,9 +201,7 @@ def test_at_the_end_a_few_of_every_rung_go_on_once_nobody_can_come_there_any_mor
     assert halving.promote(ALL, closing=True, busy=["t2"]) is None
     ask(halving, "t2", 3, 0.6)
     assert [d.trial for d in iter(lambda: halving.promote(ALL, closing=True), None)] == ["t0", "t3"]
-    assert replayed(halving.rules, halving.decisions) == sorted(
-        halving.decisions, key=lambda d: (d.rung, d.of, d.promoted, d.rank if d.promoted else 0)
-    )
+    assert replayed(halving.rules, halving.decisions) == sorted(halving.decisions, key=rung_order)
 
 
 def test_the_rest_goes_on_best_first_where_the_rules_say_so() -> None:

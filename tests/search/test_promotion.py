@@ -162,6 +162,8 @@ def test_a_driver_that_dies_at_any_moment_changes_nothing(space: Space, tmp_path
         second = resume(space, run)
         late = {driver.start.id} if driver.epoch < 0 and driver.start is not None else set()
         assert set(second.waiting) == waiting | late  # what died between the answer and the state waits, too
+        kept = {file.name.split("-")[0] for file in (run / FOLDER).glob("*")}
+        assert waiting <= kept <= set(second.waiting) | {start.id for start in second.restart}
         for _ in played(second):
             pass
         assert second.done

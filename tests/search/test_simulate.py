@@ -9,6 +9,7 @@ import pytest
 from course import SPACE, begin, result, started
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.decisions import rung_order
 from cactus_ray.search.halving import replayed
 from cactus_ray.search.pareto import relative_hypervolume
 from cactus_ray.search.rungs import rules_of
@@ -155,7 +156,7 @@ def test_at_the_end_of_every_rung_at_least_the_best_three_go_on_and_the_others_s
         stopped += len(arrived - went_on)
     assert (len(found.steps), found.stopped) == (trials - stopped, stopped)
     assert replayed(rules_of(setup.scheduler, comparable(space, curves)), found.decisions) == sorted(
-        found.decisions, key=lambda d: (d.rung, d.of, d.promoted, d.rank if d.promoted else 0)
+        found.decisions, key=rung_order
     )
 
 
