@@ -14,7 +14,8 @@ from typing import Any
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.search.chunks import Chunk, Pieces, Verification, counts
 from cactus_ray.search.fresh import SPLIT
-from cactus_ray.search.records import Records, TrialRecord, read_records
+from cactus_ray.search.reading import read_records
+from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.replicates import ENDED, Replicate, due, fields, leading, replicate_seed
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import RunStore

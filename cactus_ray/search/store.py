@@ -18,8 +18,11 @@ from typing import Any
 import filelock
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.events import EVENTS
+from cactus_ray.search.faults import fault_of, fault_of_points
 from cactus_ray.search.pareto import non_dominated
-from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, fault_of_points, read_records
+from cactus_ray.search.reading import read_records
+from cactus_ray.search.records import COLUMNS, Records, TrialRecord
 from cactus_ray.search.replicates import seen_again
 
 __all__ = [
