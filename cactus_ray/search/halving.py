@@ -19,7 +19,7 @@ import bisect
 import math
 import numbers
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,7 +107,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, which ``of_event`` reads back."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__} | {"values": dict(self.values)}
 
     @staticmethod
     def of_event(event: Mapping[str, Any]) -> Decision:

@@ -18,6 +18,7 @@ REFERENCE = 1.1
 """The reference point of hypervolumes within a front, in units of the front's own range (0 best, 1 worst)."""
 _CELLS = 400_000
 _SAMPLES = 1024
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(float)
 
 
 class Fronts:
@@ -84,8 +85,9 @@ def within_front(rows: Array, ranking: str) -> Indices:
     """
     if len(rows) == 1:
         return np.zeros(1, dtype=np.int64)
-    _, first = np.unique(rows, axis=0, return_index=True)
-    chosen = np.sort(first)
+    order = np.lexsort(rows.T)  # stable: the first of equal points stays the first
+    new = np.append(True, (np.diff(rows[order], axis=0) != 0).any(axis=1))
+    chosen = np.sort(order[new])
     worth = np.full(len(rows), -np.inf)
     worth[chosen] = RANKINGS[ranking](_scaled(rows[chosen]))
     return np.argsort(-worth, kind="stable").astype(np.int64)
@@ -115,11 +117,13 @@ def _contributions(rows: Array) -> Array:
         return found
     if count * (count + 1) ** columns <= _CELLS:
         return _exact(rows)
-    samples = REFERENCE * _sequence(columns)
-    covers = np.ones((count, len(samples)), dtype=bool)
-    for j in range(columns):
-        covers &= rows[:, j, None] <= samples[None, :, j]
-    shares: Array = (covers / np.maximum(covers.sum(axis=0), 1)).sum(axis=1)
+    covers = np.full((count, _SAMPLES // 8), 255, dtype=np.uint8)  # a bit per sample: whether it is dominated
+    for (edges, behind), column in zip(_samples(columns), rows.T, strict=True):
+        covers &= behind[np.searchsorted(edges, column)]
+    many = np.unpackbits(covers, axis=1).sum(axis=0, dtype=np.int32)
+    share = 1.0 / np.maximum(many, 1)
+    bytewise = share.reshape(-1, 8) @ _BITS.T  # [bytes of a row of covers, 256]: what each value of a byte is worth
+    shares: Array = bytewise[np.arange(_SAMPLES // 8), covers].sum(axis=1)
     return shares
 
 
@@ -135,6 +139,18 @@ def _exact(rows: Array) -> Array:
         covers = covers[..., None] & inside
     alone = volume * (covers.sum(axis=0) == 1)
     found: Array = (covers * alone).reshape(count, -1).sum(axis=1)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _samples(columns: int) -> list[tuple[Array, npt.NDArray[np.uint8]]]:
+    """By column: the coordinates of the samples in order, and packed bits [_SAMPLES + 1, _SAMPLES / 8] of those from
+    the k-th coordinate on."""
+    found = []
+    for column in (REFERENCE * _sequence(columns)).T:
+        place = np.argsort(np.argsort(column))
+        behind = place[None, :] >= np.arange(_SAMPLES + 1)[:, None]
+        found.append((np.sort(column), np.packbits(behind, axis=1)))
     return found
 
 
