@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 GOALS = ("maximize", "minimize")
 Array = npt.NDArray[np.float64]
+_FEW = 64
 
 
 def losses(points: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> Array:
@@ -35,17 +36,22 @@ def non_dominated(points: Sequence[Mapping[str, Any]], front: Mapping[str, str])
 
 
 def _non_dominated(rows: Array) -> npt.NDArray[np.bool_]:
-    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats."""
+    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats.
+
+    A few, such as those of one trial, are compared all with all at once.
+    """
     keep: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
-    valid = rows[keep]
-    # NaN rows are out, so that every comparison below is between numbers.
+    valid = rows[keep]  # NaN rows are out, so that every comparison below is between numbers
+    if len(valid) <= _FEW:
+        keep[keep] = ~beaten(valid, valid)
+        return keep
     numbers = np.lexsort(valid.T[::-1]) if valid.size else np.arange(len(valid))
     left, place = valid[numbers], 0
     while place < len(left):
         row = left[place]
-        beaten = (row <= left).all(axis=1) & (row < left).any(axis=1)
-        if beaten.any():
-            left, numbers = left[~beaten], numbers[~beaten]
+        off = (row <= left).all(axis=1) & (row < left).any(axis=1)
+        if off.any():
+            left, numbers = left[~off], numbers[~off]
         place += 1
     leading = np.zeros(len(valid), dtype=bool)
     leading[numbers] = True
@@ -69,8 +75,8 @@ class Front:
         """Take up points; those of them that are not on the front, and those that leave it."""
         rows = losses(points, self.front)
         new = _non_dominated(rows)
-        new[new] = ~_beaten(rows[new], self.rows)
-        stay = ~_beaten(self.rows, rows[new])
+        new[new] = ~beaten(rows[new], self.rows)
+        stay = ~beaten(self.rows, rows[new])
         off = [p for p, on in zip(points, new, strict=True) if not on]
         off += [p for p, on in zip(self.points, stay, strict=True) if not on]
         self.points = [p for p, on in zip(self.points, stay, strict=True) if on]
@@ -79,13 +85,16 @@ class Front:
         return off
 
 
-def _beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
+def beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
     """Which of the finite ``rows`` are dominated by one of the finite ``rivals``."""
     if not len(rows) or not len(rivals):
         return np.zeros(len(rows), dtype=bool)
-    theirs, mine = rivals[None, :, :], rows[:, None, :]
-    beats: npt.NDArray[np.bool_] = np.all(theirs <= mine, axis=2) & np.any(theirs < mine, axis=2)
-    return np.asarray(np.any(beats, axis=1), dtype=bool)
+    no_worse = np.ones((len(rows), len(rivals)), dtype=bool)
+    better = np.zeros_like(no_worse)
+    for theirs, mine in zip(rivals.T, rows[:, :, None].swapaxes(0, 1), strict=True):  # numpy is slow on short last axes
+        no_worse &= theirs <= mine
+        better |= theirs < mine
+    return np.asarray((no_worse & better).any(axis=1), dtype=bool)
 
 
 def hypervolume(values: Array, reference: Array | Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cactus_ray.search.pareto import Array
+from cactus_ray.search.pareto import Array, beaten
 
 Indices = npt.NDArray[np.int64]
 REFERENCE = 1.1
@@ -46,12 +46,12 @@ class Fronts:
                 self.fronts.append(moved)
                 break
             members = self.fronts[place]
-            beaten = self._beaten(members, moved)
-            if beaten.all():  # a whole front falls behind the new one, and all after it by one place
+            behind = beaten(self.rows[members], self.rows[moved])
+            if behind.all():  # a whole front falls behind the new one, and all after it by one place
                 self.fronts.insert(place, moved)
                 break
-            self.fronts[place] = np.concatenate([members[~beaten], moved])
-            moved, place = members[beaten], place + 1
+            self.fronts[place] = np.concatenate([members[~behind], moved])
+            moved, place = members[behind], place + 1
         return first
 
     def ahead_of(self, front: int) -> int:
@@ -63,18 +63,11 @@ class Fronts:
         low, high = 0, len(self.fronts)
         while low < high:
             middle = (low + high) // 2
-            others = self.rows[self.fronts[middle]]
-            if bool(((others <= row).all(axis=1) & (others < row).any(axis=1)).any()):
+            if beaten(row[None], self.rows[self.fronts[middle]]).any():
                 low = middle + 1
             else:
                 high = middle
         return low
-
-    def _beaten(self, members: Indices, moved: Indices) -> npt.NDArray[np.bool_]:
-        """Which members are dominated by some of those that move into their front."""
-        theirs, new = self.rows[members][:, None, :], self.rows[moved][None, :, :]
-        dominated = np.all(new <= theirs, axis=2) & np.any(new < theirs, axis=2)
-        return np.asarray(np.any(dominated, axis=1), dtype=np.bool_)
 
 
 def within_front(rows: Array, ranking: str) -> Indices:
