@@ -179,10 +179,10 @@ class Verification:
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
     """Columns of ``points.csv`` that verdicts decide."""
     all_rows = list(rows)
-    total, verdicts, correct = len(all_rows), [row[2] for row in all_rows], [bool(row[3]) for row in all_rows]
-    certified = verdicts.count("CERTIFIED")
+    total, verdicts = len(all_rows), [row[2] for row in all_rows]
+    certified, correct = verdicts.count("CERTIFIED"), [row[3] for row in all_rows].count(True)
     return {
-        "samples": total, "standard_accuracy": correct.count(True) / total, "n_certified": certified,
+        "samples": total, "standard_accuracy": correct / total, "n_certified": certified,
         "n_falsified": verdicts.count("FALSIFIED"), "n_unknown": verdicts.count("UNKNOWN"),
         "certified_accuracy": certified / total,
     }  # fmt: skip

@@ -78,9 +78,13 @@ class Front:
         new[new] = ~beaten(rows[new], self.rows)
         stay = ~beaten(self.rows, rows[new])
         off = [p for p, on in zip(points, new, strict=True) if not on]
-        off += [p for p, on in zip(self.points, stay, strict=True) if not on]
-        self.points = [p for p, on in zip(self.points, stay, strict=True) if on]
-        self.points += [p for p, on in zip(points, new, strict=True) if on]
+        if len(off) == len(points):
+            return off
+        kept = self.points
+        if not stay.all():
+            off += [p for p, on in zip(kept, stay, strict=True) if not on]
+            kept = [p for p, on in zip(kept, stay, strict=True) if on]
+        self.points = kept + [p for p, on in zip(points, new, strict=True) if on]
         self.rows = np.concatenate([self.rows[stay], rows[new]])
         return off
 
@@ -89,12 +93,14 @@ def beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
     """Which of the finite ``rows`` are dominated by one of the finite ``rivals``."""
     if not len(rows) or not len(rivals):
         return np.zeros(len(rows), dtype=bool)
-    no_worse = np.ones((len(rows), len(rivals)), dtype=bool)
-    better = np.zeros_like(no_worse)
-    for theirs, mine in zip(rivals.T, rows[:, :, None].swapaxes(0, 1), strict=True):  # numpy is slow on short last axes
-        no_worse &= theirs <= mine
-        better |= theirs < mine
-    return np.asarray((no_worse & better).any(axis=1), dtype=bool)
+    mine, theirs, axis = rows.T[:, :, None], rivals.T[:, None, :].copy(), 1
+    if len(rows) > len(rivals):  # numpy is slow where the last axis is short
+        mine, theirs, axis = rows.T[:, None, :].copy(), rivals.T[:, :, None], 0
+    worse, better = theirs[0] > mine[0], theirs[0] < mine[0]
+    for their, my in zip(theirs[1:], mine[1:], strict=True):
+        worse |= their > my
+        better |= their < my
+    return np.asarray((better & ~worse).any(axis=axis), dtype=bool)
 
 
 def hypervolume(values: Array, reference: Array | Sequence[float]) -> float:
