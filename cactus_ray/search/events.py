@@ -195,6 +195,7 @@ def _reevaluated(trial: TrialRecord, event: dict[str, Any]) -> bool:
     if fault_of_points(event):
         return False
     trial.again.error = event.get("error")
+    trial.again.refused |= {str(level): str(event.get("error")) for level in event.get("levels", ())}
     new = {point["level"]: point for point in event["points"]}
     trial.again.points = [p for p in trial.again.points if p["level"] not in new] + list(new.values())
     return True

@@ -110,13 +110,14 @@ def _contributions(rows: Array) -> Array:
         return found
     if count * (count + 1) ** columns <= _CELLS:
         return _exact(rows)
-    covers = np.full((count, _SAMPLES // 8), 255, dtype=np.uint8)  # a bit per sample: whether it is dominated
+    words = np.full((count, _SAMPLES // 64), -1, dtype=np.int64)  # a bit per sample: whether a point dominates it
     for (edges, behind), column in zip(_samples(columns), rows.T, strict=True):
-        covers &= behind[np.searchsorted(edges, column)]
+        words &= behind.take(np.searchsorted(edges, column), axis=0)
+    covers = words.view(np.uint8)
     many = np.unpackbits(covers, axis=1).sum(axis=0, dtype=np.int32)
     share = 1.0 / np.maximum(many, 1)
-    bytewise = share.reshape(-1, 8) @ _BITS.T  # [bytes of a row of covers, 256]: what each value of a byte is worth
-    shares: Array = bytewise[np.arange(_SAMPLES // 8), covers].sum(axis=1)
+    worth = share.reshape(-1, 8) @ _BITS.T  # [bytes of a row of covers, 256]: of every value that a byte can have
+    shares: Array = worth.ravel().take(covers + 256 * np.arange(_SAMPLES // 8, dtype=np.int32)).sum(axis=1)
     return shares
 
 
@@ -136,14 +137,14 @@ def _exact(rows: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=16)
-def _samples(columns: int) -> list[tuple[Array, npt.NDArray[np.uint8]]]:
-    """By column: the coordinates of the samples in order, and packed bits [_SAMPLES + 1, _SAMPLES / 8] of those from
+def _samples(columns: int) -> list[tuple[Array, Indices]]:
+    """By column: the coordinates of the samples in order, and packed bits [_SAMPLES + 1, _SAMPLES / 64] of those from
     the k-th coordinate on."""
     found = []
     for column in (REFERENCE * _sequence(columns)).T:
         place = np.argsort(np.argsort(column))
         behind = place[None, :] >= np.arange(_SAMPLES + 1)[:, None]
-        found.append((np.sort(column), np.packbits(behind, axis=1)))
+        found.append((np.sort(column), np.packbits(behind, axis=1).view(np.int64)))
     return found
 
 

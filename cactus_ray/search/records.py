@@ -29,7 +29,8 @@ class TrialRecord:
     worker that it last trained on, where it had any; ``lacks``: how often it ran out of their memory beside others.
     A replicate repeats the configuration of the trial ``of`` as its ``replicate``-th seed (the trial itself is the
     first).
-    ``again``: verdicts and points of the same network on samples that the search did not use.
+    ``again``: verdicts and points of the same network on samples that the search did not use; there ``refused``: level
+    -> why there will be no points.
     """
 
     id: str
@@ -65,6 +66,7 @@ class TrialRecord:
     lacks: int = 0
     of: str | None = None
     replicate: int = 1
+    refused: dict[str, str] = field(default_factory=dict)
     again: TrialRecord | None = None
 
 
