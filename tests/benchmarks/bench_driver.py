@@ -184,6 +184,7 @@ class Run:
         study.work()
         times = Times()
         gc.collect()
+        gc.freeze()  # as the driver does
         with upkeep.writing():
             Workers(study, times, self.part).run(trials)
         self.part += 1
@@ -233,7 +234,7 @@ def sleeping(trials: int, at_once: int, folder: Path) -> None:
     times, store = Times(), RunStore(folder)
     upkeep = Upkeep(asked, store, Records())
     study = Study(asked, store, Records(), list(range(20)), [upkeep.event])
-    for name in ("epoch", "trained", "verified", "stopped", "waits", "next_trial"):
+    for name in ("begun", "epoch", "saved", "trained", "verified", "stopped", "waits", "next_trial"):
         setattr(study, name, _timed(getattr(study, name), name, times))
     study.begin({"name": "sleep", "seed": 0}, REFERENCE)
     begin, busy = time.perf_counter(), time.process_time()
