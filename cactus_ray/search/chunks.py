@@ -110,7 +110,8 @@ class Verification:
 
         ``worth`` is asked once per level, with the level's ``point``; without it every point is worth it.
         """
-        missing = {level: set(self.pieces.samples) - self.rows.get(level, {}).keys() for level in self.pieces.levels}
+        every = set(self.pieces.samples)
+        missing = {level: every - self.rows.get(level, {}).keys() for level in self.pieces.levels}
         chunks = self._cut(CHEAP, missing, self.pieces.cheap_samples)
         if not chunks and self.pieces.dear and not self.lost:
             left = {level: self._left(level) for level in self.pieces.levels}
