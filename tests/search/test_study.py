@@ -85,7 +85,7 @@ def test_what_belongs_together_is_synced_once_and_told_only_then(
     trial = started(study).id
     told.clear()
     synced.clear()
-    assert study.epoch(trial, 1, 3, dict.fromkeys(study.rungs.halving.rules.metrics, 0.5))
+    study.epoch(trial, 1, 3, dict.fromkeys(study.rungs.halving.rules.metrics, 0.5))
     assert (told, synced) == (["epoch", "rung"], [0])
 
 
