@@ -7,6 +7,7 @@ verifiers. A trial of Tune ends with its training, so a network that waits for v
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import shutil
 import signal
@@ -119,6 +120,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
             pool = _pool(study, shares, list(nodes))
             mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
             desk = Desk(study, shares, pool, mailbox, lambda gpus: loosened(space, gpus, available, shapes))
+            gc.freeze()  # what is there now stays; to look through it again and again would hold up reports
             desk.start()
             try:
                 with _heard(desk):

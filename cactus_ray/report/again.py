@@ -39,6 +39,10 @@ def again_notes(records: Records, points: Sequence[Point]) -> list[str]:
             f"on {' or '.join(map(str, counts))} fresh samples, {len(fresh)} of {len(front)} points of the front are "
             f"certified {_points(mean)} on average than on those that they were chosen by"
         )
+    if failed := [p for p in front if "fresh_error" in p]:
+        reasons = "; ".join(dict.fromkeys(f"{p['trial']}: {p['fresh_error']}" for p in failed))
+        share = f"{len(failed)} of {len(front)} points of the front"
+        notes.append(f"{share} have no verdicts on fresh samples ({reasons})")
     if again := [p for p in front if "seeds" in p]:
         states = Counter(p["over_seeds"] for p in again)
         words = ", ".join(f"{states[s]} {s}" for s in (AHEAD, BEHIND, OPEN) if s in states)
@@ -61,6 +65,8 @@ def again_lines(point: Point) -> list[str]:
             f"on {point['fresh_samples']} fresh samples: {point['fresh_certified_accuracy']:.1%} certified "
             f"[{low:.1%}, {high:.1%}], {point['fresh_standard_accuracy']:.1%} standard accuracy"
         )
+    if "fresh_error" in point:
+        lines.append(f"not verified on fresh samples: {point['fresh_error']}")
     if "seeds" in point:
         names = [column.removesuffix("_mean") for column in point if column.endswith("_mean")]
         spread = ", ".join(

@@ -191,7 +191,11 @@ class StudyProgress:
     # --- what is shown
 
     def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self.live:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:  # a plain line, without the millisecond that laying it out takes
+            self.console.file.write(f"{line}\n")
+            self.console.file.flush()
 
     def _done_text(self) -> str:
         waiting = f"{len(self.waiting)} waiting" if self.waiting else ""

@@ -1,6 +1,8 @@
 """What a study does once its own trials have ended: front points on fresh samples, and replicates of front members.
 
-The front is the search's and stays what it is; what is found out here stands beside it.
+The front is the search's and stays what it is; what is found out here stands beside it. A network that could not be
+verified on fresh samples is not tried again, nor by a later driver: the reason is recorded, and lies in the network or
+its size. What a driver that died left undone is gone on with.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.search.chunks import Chunk, Pieces, Verification, counts
 from cactus_ray.search.fresh import SPLIT
-from cactus_ray.search.records import Records, TrialRecord, read_records
+from cactus_ray.search.reading import read_records
+from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.replicates import ENDED, Replicate, due, fields, leading, replicate_seed
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import RunStore
@@ -78,7 +81,8 @@ class Afterwards:
             self.wanted = {}
             for trial in dict.fromkeys(trial for trial, _ in ahead):
                 record = records.trials[trial]
-                seen = set() if record.again is None else {point["level"] for point in record.again.points}
+                again = record.again
+                seen = set() if again is None else {point["level"] for point in again.points} | set(again.refused)
                 levels = tuple(v for v in self.space.levels if (trial, v) in ahead and v not in seen)
                 if levels and trial not in self.verifying and self._kept(record):
                     self.wanted[trial] = levels
@@ -98,9 +102,11 @@ class Afterwards:
         return state
 
     def seen(self, trial: str, error: str | None = None) -> Event:
-        """All that there will be of a trial on fresh samples, as its event."""
+        """All that there will be of a trial on fresh samples, as its event; with ``error`` no level has any points."""
         state, points = self.verifying.pop(trial), self.points.pop(trial)
-        levels = [] if error or state.lost else [level for level in points if level in state.rows]
+        why = error or (f"no verifier survived level {state.lost[0]}" if state.lost else None)
+        if why:
+            return {"event": "reevaluated", "trial": trial, "points": [], "error": why, "levels": list(points)}
         rows = [
             {
                 **points[level],
@@ -108,10 +114,10 @@ class Afterwards:
                 **counts(state.rows[level].values()),
                 "verify_seconds": state.seconds[level],
             }
-            for level in levels
+            for level in points
+            if level in state.rows
         ]
-        why = error or (f"no verifier survived level {state.lost[0]}" if state.lost else None)
-        return {"event": "reevaluated", "trial": trial, "points": rows} | ({"error": why} if why else {})
+        return {"event": "reevaluated", "trial": trial, "points": rows}
 
     def next_chunks(self, trial: str) -> list[Chunk]:
         return self.verifying[trial].next_chunks()

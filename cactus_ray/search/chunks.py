@@ -7,7 +7,6 @@ a driver that takes over from records asks for the rest, whatever pieces the fir
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,7 +110,8 @@ class Verification:
 
         ``worth`` is asked once per level, with the level's ``point``; without it every point is worth it.
         """
-        missing = {level: set(self.pieces.samples) - self.rows.get(level, {}).keys() for level in self.pieces.levels}
+        every = set(self.pieces.samples)
+        missing = {level: every - self.rows.get(level, {}).keys() for level in self.pieces.levels}
         chunks = self._cut(CHEAP, missing, self.pieces.cheap_samples)
         if not chunks and self.pieces.dear and not self.lost:
             left = {level: self._left(level) for level in self.pieces.levels}
@@ -133,6 +133,8 @@ class Verification:
 
     def _cut(self, stage: str, wanted: Mapping[str, set[int]], size: int) -> list[Chunk]:
         """Chunks of at most ``size`` samples that are wanted at the same levels."""
+        if not any(wanted.values()):
+            return []
         groups: dict[tuple[str, ...], list[int]] = {}
         for index in self.pieces.samples:
             levels = tuple(level for level in self.pieces.levels if index in wanted.get(level, ()))
@@ -178,9 +180,10 @@ class Verification:
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
     """Columns of ``points.csv`` that verdicts decide."""
     all_rows = list(rows)
-    count = Counter(row[2] for row in all_rows)
+    total, verdicts = len(all_rows), [row[2] for row in all_rows]
+    certified, correct = verdicts.count("CERTIFIED"), [row[3] for row in all_rows].count(True)
     return {
-        "samples": len(all_rows), "standard_accuracy": sum(bool(row[3]) for row in all_rows) / len(all_rows),
-        "n_certified": count["CERTIFIED"], "n_falsified": count["FALSIFIED"], "n_unknown": count["UNKNOWN"],
-        "certified_accuracy": count["CERTIFIED"] / len(all_rows),
+        "samples": total, "standard_accuracy": correct / total, "n_certified": certified,
+        "n_falsified": verdicts.count("FALSIFIED"), "n_unknown": verdicts.count("UNKNOWN"),
+        "certified_accuracy": certified / total,
     }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from cactus_ray.search.objectives import Constraint
@@ -88,7 +88,7 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, which ``of_event`` reads back."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__} | {"values": dict(self.values)}
 
     @staticmethod
     def of_event(event: Mapping[str, Any]) -> Decision:

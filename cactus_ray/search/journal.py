@@ -1,6 +1,6 @@
 """The journal of a study: every event is on disk before anything else happens, then budget and listeners hear of it.
 
-What is not recorded has not happened.
+What is not recorded has not happened. Events that belong together are written, and waited for, at once.
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ class Journal:
         self.store, self.budget, self.after, self.listeners = store, budget, after, list(listeners)
         self.reference: dict[str, float] = dict(records.study.get("reference_point", {}))
         self.said = time.monotonic()
+        self.held: list[Event] = []
 
-    def emit(self, event: Event) -> None:
-        """Write one event and tell it."""
-        event = {**self.after.event(event), "time": time.time()}
+    def emit(self, *events: Event) -> None:
+        """Write what was held back, then these events, and tell them in this order; nothing where there is none."""
+        held, self.held = [*self.held, *events], []
+        whole = [{**self.after.event(event), "time": time.time()} for event in held]
+        if not whole:
+            return
         self.said = time.monotonic()
-        self.store.append(event)
-        self.budget.event(event)
-        for listener in self.listeners:
-            listener(event)
+        self.store.append(*whole)
+        for event in whole:
+            self.budget.event(event)
+            for listener in self.listeners:
+                listener(event)
+
+    def hold(self, event: Event) -> None:
+        """Write and tell an event with the next one, which is to follow without delay; ``emit()`` if none does."""
+        self.held.append(event)
 
     def begin(self, study: Mapping[str, Any], reference: Mapping[str, float]) -> None:
         """Write the first event of a new study; the reference point of the hypervolume is fixed from here on."""

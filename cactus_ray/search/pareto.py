@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 GOALS = ("maximize", "minimize")
 Array = npt.NDArray[np.float64]
+_FEW = 64
 
 
 def losses(points: Sequence[Mapping[str, Any]], front: Mapping[str, str]) -> Array:
@@ -35,17 +36,22 @@ def non_dominated(points: Sequence[Mapping[str, Any]], front: Mapping[str, str])
 
 
 def _non_dominated(rows: Array) -> npt.NDArray[np.bool_]:
-    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats."""
+    """In lexicographic order points are dominated by earlier ones only: each that is left drops all that it beats.
+
+    A few, such as those of one trial, are compared all with all at once.
+    """
     keep: npt.NDArray[np.bool_] = np.asarray(np.isfinite(rows).all(axis=1))
-    valid = rows[keep]
-    # NaN rows are out, so that every comparison below is between numbers.
+    valid = rows[keep]  # NaN rows are out, so that every comparison below is between numbers
+    if len(valid) <= _FEW:
+        keep[keep] = ~beaten(valid, valid)
+        return keep
     numbers = np.lexsort(valid.T[::-1]) if valid.size else np.arange(len(valid))
     left, place = valid[numbers], 0
     while place < len(left):
         row = left[place]
-        beaten = (row <= left).all(axis=1) & (row < left).any(axis=1)
-        if beaten.any():
-            left, numbers = left[~beaten], numbers[~beaten]
+        off = (row <= left).all(axis=1) & (row < left).any(axis=1)
+        if off.any():
+            left, numbers = left[~off], numbers[~off]
         place += 1
     leading = np.zeros(len(valid), dtype=bool)
     leading[numbers] = True
@@ -69,23 +75,32 @@ class Front:
         """Take up points; those of them that are not on the front, and those that leave it."""
         rows = losses(points, self.front)
         new = _non_dominated(rows)
-        new[new] = ~_beaten(rows[new], self.rows)
-        stay = ~_beaten(self.rows, rows[new])
+        new[new] = ~beaten(rows[new], self.rows)
+        stay = ~beaten(self.rows, rows[new])
         off = [p for p, on in zip(points, new, strict=True) if not on]
-        off += [p for p, on in zip(self.points, stay, strict=True) if not on]
-        self.points = [p for p, on in zip(self.points, stay, strict=True) if on]
-        self.points += [p for p, on in zip(points, new, strict=True) if on]
+        if len(off) == len(points):
+            return off
+        kept = self.points
+        if not stay.all():
+            off += [p for p, on in zip(kept, stay, strict=True) if not on]
+            kept = [p for p, on in zip(kept, stay, strict=True) if on]
+        self.points = kept + [p for p, on in zip(points, new, strict=True) if on]
         self.rows = np.concatenate([self.rows[stay], rows[new]])
         return off
 
 
-def _beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
+def beaten(rows: Array, rivals: Array) -> npt.NDArray[np.bool_]:
     """Which of the finite ``rows`` are dominated by one of the finite ``rivals``."""
     if not len(rows) or not len(rivals):
         return np.zeros(len(rows), dtype=bool)
-    theirs, mine = rivals[None, :, :], rows[:, None, :]
-    beats: npt.NDArray[np.bool_] = np.all(theirs <= mine, axis=2) & np.any(theirs < mine, axis=2)
-    return np.asarray(np.any(beats, axis=1), dtype=bool)
+    mine, theirs, axis = rows.T[:, :, None], rivals.T[:, None, :].copy(), 1
+    if len(rows) > len(rivals):  # numpy is slow where the last axis is short
+        mine, theirs, axis = rows.T[:, None, :].copy(), rivals.T[:, :, None], 0
+    worse, better = theirs[0] > mine[0], theirs[0] < mine[0]
+    for their, my in zip(theirs[1:], mine[1:], strict=True):
+        worse |= their > my
+        better |= their < my
+    return np.asarray((better & ~worse).any(axis=axis), dtype=bool)
 
 
 def hypervolume(values: Array, reference: Array | Sequence[float]) -> float:

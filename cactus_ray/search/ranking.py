@@ -11,13 +11,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cactus_ray.search.pareto import Array
+from cactus_ray.search.pareto import Array, beaten
 
 Indices = npt.NDArray[np.int64]
 REFERENCE = 1.1
 """The reference point of hypervolumes within a front, in units of the front's own range (0 best, 1 worst)."""
 _CELLS = 400_000
 _SAMPLES = 1024
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).astype(float)
 
 
 class Fronts:
@@ -45,12 +46,12 @@ class Fronts:
                 self.fronts.append(moved)
                 break
             members = self.fronts[place]
-            beaten = self._beaten(members, moved)
-            if beaten.all():  # a whole front falls behind the new one, and all after it by one place
+            behind = beaten(self.rows[members], self.rows[moved])
+            if behind.all():  # a whole front falls behind the new one, and all after it by one place
                 self.fronts.insert(place, moved)
                 break
-            self.fronts[place] = np.concatenate([members[~beaten], moved])
-            moved, place = members[beaten], place + 1
+            self.fronts[place] = np.concatenate([members[~behind], moved])
+            moved, place = members[behind], place + 1
         return first
 
     def ahead_of(self, front: int) -> int:
@@ -62,18 +63,11 @@ class Fronts:
         low, high = 0, len(self.fronts)
         while low < high:
             middle = (low + high) // 2
-            others = self.rows[self.fronts[middle]]
-            if bool(((others <= row).all(axis=1) & (others < row).any(axis=1)).any()):
+            if beaten(row[None], self.rows[self.fronts[middle]]).any():
                 low = middle + 1
             else:
                 high = middle
         return low
-
-    def _beaten(self, members: Indices, moved: Indices) -> npt.NDArray[np.bool_]:
-        """Which members are dominated by some of those that move into their front."""
-        theirs, new = self.rows[members][:, None, :], self.rows[moved][None, :, :]
-        dominated = np.all(new <= theirs, axis=2) & np.any(new < theirs, axis=2)
-        return np.asarray(np.any(dominated, axis=1), dtype=np.bool_)
 
 
 def within_front(rows: Array, ranking: str) -> Indices:
@@ -84,8 +78,9 @@ def within_front(rows: Array, ranking: str) -> Indices:
     """
     if len(rows) == 1:
         return np.zeros(1, dtype=np.int64)
-    _, first = np.unique(rows, axis=0, return_index=True)
-    chosen = np.sort(first)
+    order = np.lexsort(rows.T)  # stable: the first of equal points stays the first
+    new = np.append(True, (np.diff(rows[order], axis=0) != 0).any(axis=1))
+    chosen = np.sort(order[new])
     worth = np.full(len(rows), -np.inf)
     worth[chosen] = RANKINGS[ranking](_scaled(rows[chosen]))
     return np.argsort(-worth, kind="stable").astype(np.int64)
@@ -115,11 +110,14 @@ def _contributions(rows: Array) -> Array:
         return found
     if count * (count + 1) ** columns <= _CELLS:
         return _exact(rows)
-    samples = REFERENCE * _sequence(columns)
-    covers = np.ones((count, len(samples)), dtype=bool)
-    for j in range(columns):
-        covers &= rows[:, j, None] <= samples[None, :, j]
-    shares: Array = (covers / np.maximum(covers.sum(axis=0), 1)).sum(axis=1)
+    words = np.full((count, _SAMPLES // 64), -1, dtype=np.int64)  # a bit per sample: whether a point dominates it
+    for (edges, behind), column in zip(_samples(columns), rows.T, strict=True):
+        words &= behind.take(np.searchsorted(edges, column), axis=0)
+    covers = words.view(np.uint8)
+    many = np.unpackbits(covers, axis=1).sum(axis=0, dtype=np.int32)
+    share = 1.0 / np.maximum(many, 1)
+    worth = share.reshape(-1, 8) @ _BITS.T  # [bytes of a row of covers, 256]: of every value that a byte can have
+    shares: Array = worth.ravel().take(covers + 256 * np.arange(_SAMPLES // 8, dtype=np.int32)).sum(axis=1)
     return shares
 
 
@@ -135,6 +133,18 @@ def _exact(rows: Array) -> Array:
         covers = covers[..., None] & inside
     alone = volume * (covers.sum(axis=0) == 1)
     found: Array = (covers * alone).reshape(count, -1).sum(axis=1)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _samples(columns: int) -> list[tuple[Array, Indices]]:
+    """By column: the coordinates of the samples in order, and packed bits [_SAMPLES + 1, _SAMPLES / 64] of those from
+    the k-th coordinate on."""
+    found = []
+    for column in (REFERENCE * _sequence(columns)).T:
+        place = np.argsort(np.argsort(column))
+        behind = place[None, :] >= np.arange(_SAMPLES + 1)[:, None]
+        found.append((np.sort(column), np.packbits(behind, axis=1).view(np.int64)))
     return found
 
 

@@ -188,7 +188,7 @@ def seen_again(records: Records, points: Sequence[Point], front: Mapping[str, st
 
     With replicates: ``seeds``, and mean, min and max over them of both accuracies and of the columns of ``front``; for
     a point of the front ``over_seeds``, its standing (``Standings.of``). On fresh samples: ``fresh_samples``,
-    ``fresh_certified_accuracy`` and the like, of its own network.
+    ``fresh_certified_accuracy`` and the like, of its own network; or ``fresh_error``, why there are none.
     """
     curves = curves_by_seed(records) if records.replicates() else {}
     standings = Standings(curves, front)
@@ -207,5 +207,6 @@ def seen_again(records: Records, points: Sequence[Point], front: Mapping[str, st
         again = records.trials[trial].again
         fresh = next((p for p in again.points if p["level"] == level), None) if again is not None else None
         row |= {f"fresh_{column}": fresh[column] for column in FRESH} if fresh is not None else {}
+        row |= {"fresh_error": again.refused[level]} if again is not None and level in again.refused else {}
         rows.append(row)
     return rows

@@ -26,11 +26,11 @@ class Rivals:
 
     def add(self, points: Sequence[Point]) -> None:
         """Take up the points of a trial that is complete."""
-        self.leading.add(points)
-        known, self.worst = self.worst, {}
-        for point in self.leading.points:
-            row = known.get(id(point))
-            self.worst[id(point)] = _worst([point], self.leading.front)[0] if row is None else row
+        off = {id(point) for point in self.leading.add(points)}
+        for gone in off:
+            self.worst.pop(gone, None)
+        on = [point for point in points if id(point) not in off]
+        self.worst |= zip(map(id, on), _worst(on, self.leading.front), strict=True)
 
     def of(self, point: Point, siblings: Sequence[Point]) -> Point | None:
         """Who beats ``point`` for good, among these and the other points of its trial."""

@@ -90,16 +90,15 @@ class OptunaSampler:
             return None
         self._number += 1
         note = None
-        with quiet():
-            for attempt in range(2 * _REDRAWS + 1):
-                trial = self._ask(attempt, fixed)
-                values = self._suggest(trial)
-                if _identity(values) not in self._seen or not self.space.parameters:
-                    break
-                if attempt == 2 * _REDRAWS:
-                    note = f"a repetition: {attempt} redraws found nothing new"
-                    break
-                self._study.tell(trial, state=TrialState.FAIL)
+        for attempt in range(2 * _REDRAWS + 1):
+            trial = self._ask(attempt, fixed)
+            values = self._suggest(trial)
+            if _identity(values) not in self._seen or not self.space.parameters:
+                break
+            if attempt == 2 * _REDRAWS:
+                note = f"a repetition: {attempt} redraws found nothing new"
+                break
+            self._study.tell(trial, state=TrialState.FAIL)
         return self._opened(Suggestion(self._number, values, origin, note), trial)
 
     def adopt(self, number: int, values: Mapping[str, Any]) -> Suggestion:
@@ -111,10 +110,9 @@ class OptunaSampler:
             recorded = encoded(self.space, values)
         except ValueError as error:
             raise UserError(f"number {number}: {error}") from None
-        with quiet():
-            self._study.tell(self._trials.pop(number), state=TrialState.FAIL)
-            trial = self._ask(0, recorded)
-            taken = self._suggest(trial)
+        self._study.tell(self._trials.pop(number), state=TrialState.FAIL)
+        trial = self._ask(0, recorded)
+        taken = self._suggest(trial)
         return self._opened(Suggestion(number, taken), trial)
 
     def tell(self, number: int, metrics: Mapping[str, float] | None, status: str) -> str:
@@ -129,13 +127,12 @@ class OptunaSampler:
         past = told(self.space, {}, metrics) if status == "completed" else None
         if status == "completed" and past is None:
             status = "failed"
-        with quiet():
-            if past is not None:
-                for name, violation in past.violations.items():
-                    trial.set_constraint(name, violation)
-                self._study.tell(trial, past.objectives)
-            else:
-                self._study.tell(trial, state=STATES[status])
+        if past is not None:
+            for name, violation in past.violations.items():
+                trial.set_constraint(name, violation)
+            self._study.tell(trial, past.objectives)
+        else:
+            self._study.tell(trial, state=STATES[status])
         self._remember(trial.number, status, past)
         return status
 
@@ -172,9 +169,8 @@ class OptunaSampler:
             return
         # All values are given, so a model need not be asked for any: for trials that were under way it would take long.
         attempt = 0 if kind in _NOTES_ASKS else _REDRAWS + 1
-        with quiet():
-            trial = self._ask(attempt, recorded)
-            self._suggest(trial)
+        trial = self._ask(attempt, recorded)
+        self._suggest(trial)
         self._opened(Suggestion(record.number, values), trial)
         if record.status in STATES:
             self.tell(record.number, record.metrics, record.status)
@@ -211,10 +207,9 @@ class OptunaSampler:
             values=past.objectives if past else None, constraints=past.violations if past else None,
             system_attrs=attributes,
         )  # fmt: skip
-        with quiet():
-            self._study.add_trial(trial)
+        self._study.add_trial(trial)
         self._seen.add(_identity(values))
-        self._remember(len(self._storage.get_all_trials(self._study._study_id, deepcopy=False)) - 1, status, past)
+        self._remember(self._storage.get_n_trials(self._study._study_id) - 1, status, past)
 
     def _remember(self, number: int, status: str, past: PastTrial | None) -> None:
         """Note an ended trial for the model; failed ones are nothing to it, nor those without values to a GP."""
@@ -230,7 +225,8 @@ class OptunaSampler:
         text = f"{self.space.search.seed}/{self._number}/{attempt}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         kind = "random" if attempt > _REDRAWS else self.space.search.sampler
-        sampler = make_sampler(kind, seed, self.space.search.trials)
+        with unannounced():
+            sampler = make_sampler(kind, seed, self.space.search.trials)
         self._study.sampler = _Fixed(sampler, fixed) if fixed else sampler
         with self._modelled():
             return self._study.ask()
@@ -305,12 +301,22 @@ def _identity(values: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's progress lines and its notes on experimental arguments; both are as before afterwards."""
+    """Without Optuna's progress lines and its notes on experimental arguments; both are as before afterwards.
+
+    Not for every ask and tell, which say nothing: each change of a level makes all loggers forget who listens.
+    """
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with unannounced():
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def unannounced() -> Iterator[None]:
+    """Without Optuna's notes on experimental arguments."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield

@@ -18,8 +18,11 @@ from typing import Any
 import filelock
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.events import EVENTS
+from cactus_ray.search.faults import fault_of, fault_of_points
 from cactus_ray.search.pareto import non_dominated
-from cactus_ray.search.records import COLUMNS, EVENTS, Records, TrialRecord, fault_of, fault_of_points, read_records
+from cactus_ray.search.reading import read_records
+from cactus_ray.search.records import COLUMNS, Records, TrialRecord
 from cactus_ray.search.replicates import seen_again
 
 __all__ = [
@@ -58,25 +61,13 @@ class RunStore:
         finally:
             lock.release()
 
-    def append(self, event: Mapping[str, Any]) -> None:
-        """Write one event; it is on disk when this returns.
+    def append(self, *events: Mapping[str, Any]) -> None:
+        """Write events, in one go; all are on disk when this returns.
 
         Non-finite numbers become null in ``epoch``, ``verdicts`` and ``fresh`` events; anywhere else, and in points
         that are incomplete or contradict themselves, they raise ValueError and nothing is written.
         """
-        kind = event.get("event")
-        if kind not in EVENTS:
-            raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
-        if kind == "completed" and (fault := fault_of(event)):
-            raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
-        if kind == "reevaluated" and (fault := fault_of_points(event)):
-            raise ValueError(f"points of trial {event.get('trial')} on fresh samples are refused: {fault}")
-        try:
-            append_line(self.file, event)
-        except ValueError:  # hardly ever, so that not every one of many numbers is looked at
-            if kind not in ("epoch", "verdicts", "fresh"):
-                raise
-            append_line(self.file, _without_non_finite(event))
+        _append(self.file, b"".join(map(_event_line, events)))
 
     def save_checkpoint(self, trial: str, network: bytes) -> Path:
         """Keep a network as ``checkpoints/TRIAL.safetensors``; the file is whole or not there."""
@@ -91,15 +82,38 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
     Raises ValueError for a number that is not finite.
     """
-    line = json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    _append(path, _line(row))
+
+
+def _append(path: Path, lines: bytes) -> None:
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
+                lines = b"\n" + lines
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _event_line(event: Mapping[str, Any]) -> bytes:
+    kind = event.get("event")
+    if kind not in EVENTS:
+        raise ValueError(f"event {kind!r}; expected one of {', '.join(EVENTS)}")
+    if kind == "completed" and (fault := fault_of(event)):
+        raise ValueError(f"points of trial {event.get('trial')} are refused: {fault}")
+    if kind == "reevaluated" and (fault := fault_of_points(event)):
+        raise ValueError(f"points of trial {event.get('trial')} on fresh samples are refused: {fault}")
+    try:
+        return _line(event)
+    except ValueError:  # hardly ever, so that not every one of many numbers is looked at
+        if kind not in ("epoch", "verdicts", "fresh"):
+            raise
+        return _line(_without_non_finite(event))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -241,11 +241,12 @@ class Study(Journal):
         ``gpus``: those of a worker, where it has any; trials that share one have a part of it.
         """
         ended = {"event": "epoch", "trial": trial, "epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}
-        self.emit(ended | ({} if gpus is None else {"gpus": gpus}))
-        self.attempts.reach(trial, epoch)
+        self.hold(ended | ({} if gpus is None else {"gpus": gpus}))
         own = trial not in self.after.of
         if own and (decision := self.rungs.report(trial, self.configs[trial], epoch, metrics)) is not None:
-            self.emit({"event": "rung", "epoch": epoch, **decision.to_dict()})
+            self.hold({"event": "rung", "epoch": epoch, **decision.to_dict()})
+        self.emit()
+        self.attempts.reach(trial, epoch)
         return self.rungs.stopped(trial) is None
 
     def trained(

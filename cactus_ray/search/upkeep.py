@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 class Table:
     """All points of a study, from which ``points.csv`` and ``front.csv`` can be written at any time.
 
-    The texts are those of ``store.write_tables`` on the records: trials in the order in which they started.
+    The texts are those of ``store.write_tables`` on the records: trials in the order in which they started. ``front``:
+    of all points; whoever has it keeps it up to date.
     """
 
-    def __init__(self, front: Mapping[str, str], records: Records) -> None:
-        self.front = Front(front)
+    def __init__(self, front: Front, records: Records) -> None:
+        self.front = front
         self.columns = list(COLUMNS)
         self.points: dict[str, list[dict[str, Any]]] = {trial.id: [] for trial in records.drawn()}
         self.texts: dict[int, tuple[str, str]] = {}  # of a point, by its id: what is before and after ``on_front``
         for trial in records.drawn():
             if trial.status == "completed":
-                self._take(trial.id, trial.points)
-        self.front.add(records.points())
+                self.complete(trial.id, trial.points)
 
     def start(self, trial: str) -> None:
         """A trial started; its points will stand at this place."""
@@ -51,10 +51,6 @@ class Table:
 
     def complete(self, trial: str, points: Sequence[dict[str, Any]]) -> None:
         """A trial is complete."""
-        self._take(trial, points)
-        self.front.add(points)
-
-    def _take(self, trial: str, points: Sequence[dict[str, Any]]) -> None:
         self.points[trial] = list(points)
         more = [c for c in dict.fromkeys(c for p in points for c in p) if c not in self.columns]
         self.columns += more
@@ -88,8 +84,8 @@ class Upkeep:
 
     def __init__(self, space: Space, store: RunStore, records: Records) -> None:
         self.store, self.keep = store, space.search.keep
-        self.table = Table(space.front, records)
         self.leaders = Leaders(space.front, space.constraints)
+        self.table = Table(self.leaders.all, records)
         for trial in records.drawn():
             if trial.status == "completed":
                 self.leaders.add(trial.id, trial.points, trial.metrics)
@@ -111,8 +107,9 @@ class Upkeep:
         elif kind == "completed":
             with self.lock:
                 self.table.complete(event["trial"], event["points"])
+                behind = self.leaders.add(event["trial"], event["points"], event["metrics"])
             self.changed.set()
-            self._delete(self.leaders.add(event["trial"], event["points"], event["metrics"]))
+            self._delete(behind)
         elif kind in ("failed", "stopped"):
             self._delete([event["trial"]])
 

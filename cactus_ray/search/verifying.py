@@ -27,7 +27,8 @@ class Course(Protocol):
 
     store: RunStore
 
-    def emit(self, event: Event) -> None: ...
+    def emit(self, *events: Event) -> None: ...
+    def hold(self, event: Event) -> None: ...
     def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> None: ...
     def failed(self, trial: str, error: str) -> None: ...
 
@@ -177,16 +178,18 @@ class Verifying:
         found = {
             level: {"samples": r.samples, "measures": r.measures, "seconds": r.seconds} for level, r in levels.items()
         }
-        self.course.emit(
+        self.course.hold(
             {
                 "event": "fresh" if fresh else "verdicts", "trial": chunk.trial, "chunk": chunk.id,
                 "stage": chunk.stage, "split": FRESH_SPLIT if fresh else "selection", "levels": found, **more,
             }
         )  # fmt: skip
         state.take(chunk, levels)
-        if state.open:
-            return []
-        return self.look_again(chunk.trial) if fresh else self.advance(chunk.trial)
+        chunks: list[Chunk] = []
+        if not state.open:
+            chunks = self.look_again(chunk.trial) if fresh else self.advance(chunk.trial)
+        self.course.emit()  # unless the trial's record has taken the verdicts along
+        return chunks
 
     def _may_reach_the_front(self, point: Mapping[str, Any]) -> bool:
         """Whether dear verification of a point can matter to the front; if not, who beats it is recorded."""

@@ -20,7 +20,8 @@ from cactus_ray.search.encoding import encoded, to_plain
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import PastTrial, told
 from cactus_ray.search.points import plain_points
-from cactus_ray.search.records import TrialRecord, read_records
+from cactus_ray.search.reading import read_records
+from cactus_ray.search.records import TrialRecord
 from cactus_ray.search.sampler import quiet
 from cactus_ray.search.space import Space, load_space
 

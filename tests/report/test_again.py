@@ -168,3 +168,18 @@ def test_progress_counts_no_replicate_as_a_trial(tmp_path: Path) -> None:
     assert "t0006-s2 started: seed 2 of t0006" in text
     assert "t0006-s2 complete: a replicate of t0006" in text
     assert "t0006 int8: 80.0% certified on 60 fresh samples" in text
+
+
+def test_points_without_fresh_verdicts_are_counted_with_their_reason(tmp_path: Path) -> None:
+    space = small_space()
+    levels = [p["level"] for p in points_of(LEADER, "sabr", QUALITY)]
+    failure = {"event": "reevaluated", "trial": LEADER, "points": [], "error": "out of memory", "levels": levels[:1]}
+    folder = write_run(tmp_path / "digits", space, [*events(space), failure])
+    records = read_records(folder)
+    points = seen_again(records, with_front(records, space.front), space.front)
+    front = [p for p in points if p["on_front"]]
+    note = f"1 of {len(front)} points of the front have no verdicts on fresh samples ({LEADER}: out of memory)"
+    assert again_notes(records, points) == [note]
+    (point,) = (p for p in points if "fresh_error" in p)
+    assert (point["trial"], point["level"]) == (LEADER, levels[0])
+    assert again_lines(point) == ["not verified on fresh samples: out of memory"]

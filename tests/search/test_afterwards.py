@@ -116,6 +116,40 @@ def test_a_driver_that_dies_among_fresh_verdicts_leaves_the_rest_to_the_next(tmp
     assert {p["n_certified"] for p in again.points} == {2}
 
 
+def test_a_failure_on_fresh_samples_stands_and_its_reason_is_shown(tmp_path: Path) -> None:
+    """Later drivers do not try again what is recorded as failed; what a dead one had begun is no failure."""
+    asked = space()
+    study = begin(asked, tmp_path, FRESH)
+    good, _ = searched(study)
+    study.verified(mixed(study.afterwards()[0], 9))
+    second = resume(asked, tmp_path, FRESH)
+    assert len(second.afterwards()) == 1
+    second.refused(good, "level int8: overflow")
+    assert second.done
+    third = resume(asked, tmp_path, FRESH)
+    assert third.afterwards() == []
+    assert third.done
+    records = read_records(tmp_path)
+    found = explain(asked, records, good)["points"]
+    assert [(p["level"], p["fresh_error"]) for p in found] == [(v, "level int8: overflow") for v in asked.levels]
+    assert not any("fresh_samples" in point for point in found)
+    write_tables(tmp_path, records, asked.front)
+    assert {row["fresh_error"] for row in table(tmp_path / "front.csv")} == {"level int8: overflow"}
+
+
+def test_where_no_verifier_survived_nothing_is_tried_again(tmp_path: Path) -> None:
+    asked = space()
+    study = begin(asked, tmp_path, FRESH)
+    good, _ = searched(study)
+    for chunk in study.afterwards():
+        study.given_up(chunk, "verifier_died", [0] * len(chunk.indices))
+    assert study.done
+    assert resume(asked, tmp_path, FRESH).done
+    again = read_records(tmp_path).trials[good].again
+    assert again is not None
+    assert again.refused == dict.fromkeys(asked.levels, f"no verifier survived level {asked.levels[0]}")
+
+
 def test_what_cannot_be_verified_again_is_named_and_keeps_nobody_waiting(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,7 @@
 """The course of a study: what is recorded, what is told, and what a driver that died leaves behind."""
 
+import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,36 @@ def test_best_and_last_are_both_kept_and_the_chosen_one_is_verified(space: Space
         f"{trial}.safetensors": b"good", f"{trial}.last.safetensors": b"late",
     }  # fmt: skip
     assert read_records(tmp_path).trials[trial].checkpoint == f"checkpoints/{trial}.safetensors"
+
+
+def test_what_belongs_together_is_synced_once_and_told_only_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last verdicts with the trial's record, a rung report with its decision; both on disk before they are told."""
+    scheduler = {"name": "asha", "min_epochs": 1}
+    asked = {**SPACE, "train": {"epochs": 3}, "search": {**SPACE["search"], "scheduler": scheduler}}
+    study = begin(parse_space(asked, "course.yaml"), tmp_path)
+    told: list[str] = []
+    synced: list[int] = []
+
+    def listener(event: dict[str, Any]) -> None:
+        lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+        assert event in [json.loads(line) for line in lines]
+        told.append(event["event"])
+
+    sync = os.fsync
+    trial = started(study).id
+    first, last = study.trained(trial, {"last": b"network"}, "last", 3, 2.0)
+    study.listeners.append(listener)
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(len(told)), sync(file)))
+    study.verified(result(first))
+    study.verified(result(last))
+    assert (told, synced) == (["verdicts", "verdicts", "completed"], [0, 1])
+    trial = started(study).id
+    told.clear()
+    synced.clear()
+    study.epoch(trial, 1, 3, dict.fromkeys(study.rungs.halving.rules.metrics, 0.5))
+    assert (told, synced) == (["epoch", "rung"], [0])
 
 
 def test_a_chunk_that_is_delivered_twice_counts_once(space: Space, tmp_path: Path) -> None:

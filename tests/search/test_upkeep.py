@@ -111,7 +111,7 @@ def test_tables_are_whole_while_the_study_runs(tmp_path: Path, monkeypatch: pyte
     assert lines[0].startswith("trial,level,")
     assert all(line.count(",") == lines[0].count(",") for line in lines)
     point = {**upkeep.table.front.points[0], "trial": "t0001", "level": 'odd, "level"', "extra": 0.1}
-    upkeep.table.complete("t0001", [point])
+    upkeep.event({"event": "completed", "trial": "t0001", "points": [point], "metrics": {}})
     write()
     found = texts(tmp_path)
     records = read_records(tmp_path)
