@@ -1,12 +1,12 @@
 """Worker processes of Ray Train that outlive a trial: the next trial of the same actor goes on in them.
 
 A fresh process imports torch, Ray Train and what torch's optimisers want: 7 s of a core and more, which is most of the
-start of a trial. So the workers are actors that ask for nothing and run beside the placement group, not in it: the group
-alone reserves what a trial uses and is given back when the trial ends, and an idle process holds memory only.
+start of a trial. So the workers are actors that ask for nothing and run beside the placement group, not in it: the
+group alone reserves what a trial uses and is given back when the trial ends, and an idle process holds memory only.
 
-A process is kept if every worker of its run ended well; otherwise all end with their run, as Ray Train has it. Processes
-that use a GPU are in the placement group and end with their run always: an idle one would keep a part of the GPU's
-memory. All die with the trial's actor, which owns them.
+A process is kept if every worker of its run ended well; otherwise all end with their run, as Ray Train has it.
+Processes that use a GPU are in the placement group and end with their run always: an idle one would keep a part of the
+GPU's memory. All die with the trial's actor, which owns them.
 
 What is used here of Ray Train's insides is looked for in ``USABLE``; ``ray_train`` does without where it is missing.
 """
@@ -117,24 +117,26 @@ class _KeepingState(WorkerGroupState):  # type: ignore[misc]
 def _take(nodes: list[str], environment: dict[str, Any], worker: type) -> list[tuple[Any, Any]]:
     """A process on each of ``nodes`` with what it says of itself; a new one where no idle one answers."""
     make = ray.remote(num_cpus=0, runtime_env=environment)(worker)
-    asked = []
-    for node in nodes:
-        idle = _workers.get((node, repr(environment)))
-        actor = idle.pop() if idle else None
-        asked.append((node, actor, actor and actor.get_metadata.remote()))
-    kept = [said for _, _, said in asked if said is not None]
-    answered = set(ray.wait(kept, num_returns=len(kept), timeout=PATIENCE_SECONDS)[0]) if kept else set()
-    found = []
-    for node, actor, said in asked:
-        with contextlib.suppress(RayError):
-            if said in answered:
-                found.append((actor, ray.get(said)))
-                continue
-        if actor is not None:
+    actors = [
+        _idle_worker(node, environment)
+        or make.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    ]
+    return list(zip(actors, ray.get([actor.get_metadata.remote() for actor in actors]), strict=True))
+
+
+def _idle_worker(node: str, environment: dict[str, Any]) -> Any:
+    """An idle process that answers, or None; those that do not answer are ended."""
+    idle = _workers.get((node, repr(environment)), [])
+    while idle:
+        actor = idle.pop()
+        try:
+            ray.get(actor.get_metadata.remote(), timeout=PATIENCE_SECONDS)
+        except RayError:
             ray.kill(actor)
-        found.append((make.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(), None))
-    waiting = {i: actor.get_metadata.remote() for i, (actor, said) in enumerate(found) if said is None}
-    return [(actor, ray.get(waiting[i]) if i in waiting else said) for i, (actor, said) in enumerate(found)]
+        else:
+            return actor
+    return None
 
 
 def _all_tidy(actors: list[Any]) -> bool:

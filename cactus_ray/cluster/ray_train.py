@@ -1,10 +1,10 @@
 """Ray Train with fewer processes: what is not public in Ray Train is touched here and in ``kept_workers`` alone.
 
-A run of Ray Train starts a controller, a cleaner of placement groups, a manager of data sets, a queue for Ray Tune and a
-synchroniser beside its workers, each a process that imports for seconds. Here the controller works in the trial's own actor, which Ray Tune
-uses again for the next trial; epochs go to the driver through the mailbox alone; and the driver frees what a dead trial
-held. Workers and synchroniser stay for the next trial (``kept_workers``). A Ray whose insides are others runs its own
-way, slower to begin.
+A run of Ray Train starts a controller, a cleaner of placement groups, a manager of data sets, a queue for Ray Tune and
+a synchroniser beside its workers, each a process that imports for seconds. Here the controller works in the trial's own
+actor, which Ray Tune uses again for the next trial; epochs go to the driver through the mailbox alone; the driver frees
+what a dead trial held; and workers and synchroniser stay for the next trial (``kept_workers``). A Ray whose insides are
+others runs its own way, slower to begin.
 """
 
 from __future__ import annotations

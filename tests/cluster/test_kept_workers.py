@@ -25,10 +25,12 @@ def workers() -> list[int]:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_a_worker_serves_trial_after_trial_until_it_dies(tmp_path: Path) -> None:
-    """Killed once in the middle of the second trial, and once between the third and the fourth."""
+    """Killed once in the middle of the second trial, and once between the third and the fourth; the fifth one fails."""
     began: list[tuple[str, int, int]] = []
     between: list[tuple[float, int]] = []
+    due = [("epoch", "t0002", 5), ("started", "t0004", None)]
     killed: list[int] = []
+    points = [{"learning_rate": 0.001 * i, "train.l1": 1e38 if i == 5 else 0.0} for i in range(1, 7)]
 
     def watch(event: Event) -> None:
         if event["event"] == "begun":
@@ -36,32 +38,37 @@ def test_a_worker_serves_trial_after_trial_until_it_dies(tmp_path: Path) -> None
             began.append((event["trial"], event["epoch"], pid))
         elif event["event"] == "started" and began:
             between.append((free_cpus(1.0), len(workers())))
-        seen = event["event"], event.get("trial"), event.get("epoch")
-        if killed[1:] == [] and seen == (("epoch", "t0002", 5), ("started", "t0004", None))[len(killed)]:
+        if due and (event["event"], event.get("trial"), event.get("epoch")) == due[0]:
+            due.pop(0)
             killed.extend(workers())
             os.kill(killed[-1], signal.SIGKILL)
 
     tiny = space(
-        train={"epochs": 10, "batch_size": 32}, search={"trials": 5, "sampler": "random"},
-        parameters={"method": {"value": "ibp"}, "learning_rate": {"min": 0.001, "max": 0.01}},
+        train={"epochs": 10, "batch_size": 32},
+        search={"trials": 6, "sampler": "random", "points": points},
+        parameters={
+            "method": {"value": "ibp"}, "learning_rate": {"min": 0.001, "max": 0.01},
+            "train.l1": {"values": [0.0, 1e38]},
+        },
         resources={"execution": "train"},
     )  # fmt: skip
     study = Study(tiny, RunStore(tmp_path), Records(), list(range(40)), [watch])
     study.begin({"name": "tiny", "seed": 0}, REFERENCE)
     run_study(study, DriverOptions(cpus=2))
     trials = read_records(tmp_path).trials
-    assert [t.status for t in trials.values()] == ["completed"] * 5
+    assert [t.status for t in trials.values()] == [*["completed"] * 4, "failed", "completed"]
+    assert "not finite at step" in str(trials["t0005"].error)
     first, second = killed
     third = began[-1][2]
     assert len({first, second, third}) == 3
-    assert [(trial, pid) for trial, _, pid in began] == [
-        ("t0001", first), ("t0002", first), ("t0002", second), ("t0003", second), ("t0004", third), ("t0005", third)
-    ]  # fmt: skip
+    pids = [first, first, second, second, third, third, third]
+    names = ["t0001", "t0002", "t0002", "t0003", "t0004", "t0005", "t0006"]
+    assert [(trial, pid) for trial, _, pid in began] == list(zip(names, pids, strict=True))
     resumed = began[2][1]
     assert resumed >= 1  # from its last checkpoint
-    assert [epoch for _, epoch, _ in began] == [0, 0, resumed, 0, 0, 0]
-    assert between == [(1.0, 1)] * 4  # an idle worker is there and holds nothing: one CPU is the verifier's
-    for name in ("t0002", "t0005"):
+    assert [epoch for _, epoch, _ in began] == [0, 0, resumed, 0, 0, 0, 0]
+    assert between == [(1.0, 1)] * 5  # an idle worker is there and holds nothing: one CPU is the verifier's
+    for name in ("t0002", "t0006"):
         assert trials[name].sha256 == plain_network(trials[name].config)
     assert workers() == []
 
