@@ -57,6 +57,8 @@ _barriers: list[Any] = []
 class KeepingGroup(WorkerGroup):  # type: ignore[misc]
     """A worker group whose processes come from an earlier run, where there is one, and are kept for a later one."""
 
+    _worker_group_state: Any
+
     def _start_impl(self, worker_group_state_builder: Any) -> None:
         with _kept_barrier():
             super()._start_impl(worker_group_state_builder)
