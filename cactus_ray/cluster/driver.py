@@ -74,6 +74,10 @@ class DeskSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         assert self.desk is not None
+        # A trial still has its actor for a moment when its network is recorded. Tune would begin another one for the
+        # next trial, which imports for seconds and is thrown away as soon as this one is free.
+        if len(self.trials) >= self.desk.shares.training:
+            return None
         # Tune sleeps for a second between two of its questions while it has nothing to run; so it waits here instead,
         # where what happens wakes it. While it still has trials to end it must not wait at all.
         found = self.desk.next_configuration(wait=0.0)

@@ -1,9 +1,10 @@
-"""Ray Train with fewer processes: every touch of what is not public in Ray Train lies in this file.
+"""Ray Train with fewer processes: what is not public in Ray Train is touched here and in ``kept_workers`` alone.
 
-A run of Ray Train starts a controller, a cleaner of placement groups, a queue for Ray Tune and a synchroniser beside
-its workers, each a process that imports for seconds. Here the controller works in the trial's own actor, which Ray Tune
-uses again for the next trial; epochs go to the driver through the mailbox alone; and the driver frees what a dead trial
-held. Only the synchroniser is left. A Ray whose insides are others runs its own way, slower to begin.
+A run of Ray Train starts a controller, a cleaner of placement groups, a manager of data sets, a queue for Ray Tune and
+a synchroniser beside its workers, each a process that imports for seconds. Here the controller works in the trial's own
+actor, which Ray Tune uses again for the next trial; epochs go to the driver through the mailbox alone; the driver frees
+what a dead trial held; and workers and synchroniser stay for the next trial (``kept_workers``). A Ray whose insides are
+others runs its own way, slower to begin.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import ray
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cactus_ray.cluster import kept_workers
+
 try:
+    from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
     from ray.train.v2._internal.execution.controller import TrainController
@@ -44,6 +48,13 @@ class _Held(WorkerGroupCallback or object):  # type: ignore[misc]
         self.mailbox.put.remote(("holds", self.sender, {"group": held.id.hex()}))
 
 
+class _Controller(TrainController or object):  # type: ignore[misc]
+    """With workers that are kept for the next trial, where that works."""
+
+    if kept_workers.USABLE:
+        worker_group_cls = kept_workers.KeepingGroup
+
+
 class _Lean(TorchTrainer):  # type: ignore[misc]
     """With its controller in this process."""
 
@@ -53,11 +64,12 @@ class _Lean(TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         found = super()._create_default_callbacks()
-        return [c for c in found if not isinstance(c, PlacementGroupCleanerCallback)] + [self.held]
+        needless = (PlacementGroupCleanerCallback, DatasetsCallback)  # a process each; our data sets are not Ray's
+        return [c for c in found if not isinstance(c, needless)] + [self.held]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         async def run() -> Any:
-            controller = TrainController(**options)
+            controller = _Controller(**options)
             await controller.run()
             return controller.get_result()
 

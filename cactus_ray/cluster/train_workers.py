@@ -299,9 +299,10 @@ def _worker(config: dict[str, Any]) -> None:
             state=state,
         )
     except Exception as error:
-        if workers.size > 1 or not ran_out_of_gpu(error):  # others wait for this one: Ray Train has to end them
+        again = not (ran_out_of_gpu(error) or isinstance(error, UserError | NonFiniteLossError))
+        if workers.size > 1 or again:  # others wait for this one: Ray Train has to end them
             raise
-        ray.get(mailbox.put.remote(_failure(error, trial)))  # here, before Ray Train tries the same again
+        ray.get(mailbox.put.remote(_failure(error, trial)))  # here, before Ray Train tries the same twice more
         return
     if workers.rank == 0:
         _mail_result(trial, result, left, mailbox)

@@ -4,14 +4,17 @@
     python tests/benchmarks/bench_overhead.py --execution train --trials 8
 
 Runs ``cactus-ray search`` with trials of a second. The network comes from ``model.factory``, so every process that
-trains imports this module, which then writes down when each step ended. The decision and the record are the events
-``started`` and ``trained`` of ``trials.jsonl``; all clocks are those of one machine.
+trains imports this module, which then writes down when each step began and ended. The decision, the first word of the
+process that trains and the record are the events ``started``, ``begun`` and ``trained`` of ``trials.jsonl``; all clocks
+are those of one machine. On a machine with other work the seconds of a processor say more: those that the process which
+trains spent since its last step of the trial before, or since it began.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,7 +29,15 @@ from torch import nn
 
 COMMAND = [sys.executable, "-c", "from cactus_ray.cli import main; main()"]
 LOG, SLEEP = "CACTUS_BENCH_STEPS", "CACTUS_BENCH_SLEEP"
-PARTS = ("process", "import", "before", "after", "overhead")
+PARTS = {
+    "begun": "the process that trains is in its function",
+    "before": "the first step begins",
+    "after": "from the last step to the record of the network",
+    "overhead": "before and after",
+    "cpu": "seconds of a processor that the process which trains spent before its first step",
+    "between": "from the last step of the trial before to the first step: all that a trial costs beside its steps",
+}
+"""Seconds of a trial, the first two after the decision."""
 
 
 def network(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -36,26 +47,19 @@ def network(input_shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def _write_steps(file: Path) -> None:
-    """Note the end of every training step of this process, and when the process and this module began."""
+    """Note begin and end of every training step of this process, on the clock and in seconds of a processor."""
     from cactus_ray.training import loop
 
-    born, imported, update = _process_start(), time.time(), loop.update
+    update = loop.update
 
     def noted(run: Any, *rest: Any) -> None:
-        begin = time.time()
+        begin, used = time.time(), time.process_time()
         update(run, *rest)
-        row = {"seed": run.config.seed, "pid": os.getpid(), "born": born, "imported": imported}
+        row = {"seed": run.config.seed, "pid": os.getpid(), "begin": begin, "used": used}
         with file.open("a") as out:
-            out.write(json.dumps(row | {"begin": begin, "end": time.time()}) + "\n")
+            out.write(json.dumps(row | {"end": time.time(), "spent": time.process_time()}) + "\n")
 
     loop.update = noted
-
-
-def _process_start() -> float:
-    """When this process was started, in seconds since the epoch (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-    booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _sleep(seconds: float) -> None:
@@ -103,13 +107,16 @@ def measure(execution: str, trials: int, workers: int, folder: Path) -> list[dic
 def _row(started: dict[str, Any], events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
     mine = [step for step in steps if step["seed"] == started["seed"]]
     first, last = min(mine, key=lambda s: s["begin"]), max(mine, key=lambda s: s["end"])
-    trained = next(e["time"] for e in events if e["event"] == "trained" and e["trial"] == started["trial"])
+    times = {e["event"]: e["time"] for e in events if e.get("trial") == started["trial"]}
+    earlier = [step["spent"] for step in steps if step["pid"] == first["pid"] and step["end"] <= first["begin"]]
+    before = [step["end"] for step in steps if step["end"] <= first["begin"]]
     decided = started["time"]
     row = {
-        "process": first["born"] - decided, "import": first["imported"] - decided, "before": first["begin"] - decided,
-        "after": trained - last["end"],
+        "begun": times["begun"] - decided, "before": first["begin"] - decided, "after": times["trained"] - last["end"],
+        "cpu": first["used"] - max(earlier, default=0.0),
+        "between": first["begin"] - max(before, default=float("nan")),
     }  # fmt: skip
-    return {"trial": started["trial"], **row, "overhead": row["before"] + row["after"]}
+    return {"trial": started["trial"], "pid": first["pid"], **row, "overhead": row["before"] + row["after"]}
 
 
 def main() -> None:
@@ -120,13 +127,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(options.execution, options.trials, options.workers, Path(folder))
-    print("seconds after the decision: process that trains began, this module imported, first step; after the last")
-    print("step: network recorded; overhead: before the first and after the last step")
+    print("\n".join(f"{name}: {words}" for name, words in PARTS.items()))
     for row in rows:
-        print(f"{row['trial']}  " + "  ".join(f"{name} {row[name]:7.2f}" for name in PARTS))
+        print(f"{row['trial']}  pid {row['pid']}  " + "  ".join(f"{name} {row[name]:6.2f}" for name in PARTS))
     for what, some in (("first trial", rows[:1]), ("others", rows[1:])):
-        for name in ("before", "after", "overhead"):
-            found = [row[name] for row in some]
+        for name in PARTS:
+            found = [row[name] for row in some if not math.isnan(row[name])]
             if found:
                 print(f"{what}: {name} median {statistics.median(found):.2f} s, {min(found):.2f} to {max(found):.2f}")
 
