@@ -1,10 +1,11 @@
 """Whole learning curves of random configurations: what any search over them would have seen, for ``bench_search.py``.
 
     .venv/bin/python tests/benchmarks/record_curves.py search_spaces/digits.yaml --count 160 \
-        --set train.epochs=10 --out tests/benchmarks/curves/digits.jsonl
+        --set train.epochs=10 --set train.batch_size=64 --set verification.attack_steps=5 \
+        --set verification.samples=150 --out tests/benchmarks/curves/digits.jsonl
     .venv/bin/python tests/benchmarks/record_curves.py search_spaces/mnist_small.yaml --count 60 \
-        --set train.epochs=5 --set data.train_samples=10000 --set data.root=../shared/data \
-        --out tests/benchmarks/curves/mnist.jsonl
+        --set train.epochs=5 --set data.train_samples=5000 --set verification.attack_steps=5 \
+        --set verification.samples=150 --set data.root=../shared/data --out tests/benchmarks/curves/mnist.jsonl
 
 Draws ``--count`` configurations with the random sampler (the paper's points are left out), each with a seed of its own,
 trains every one to its end whatever it shows, scores the proxies of halving at every level after every epoch, and
@@ -35,7 +36,7 @@ from cactus_ray.data import DataSet, load, subset
 from cactus_ray.models.build import create
 from cactus_ray.models.network import Network
 from cactus_ray.search.evaluate import at_level
-from cactus_ray.search.rungs import epoch_costs
+from cactus_ray.search.rungs import PROXIES, epoch_costs
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space, load_space, parse_space
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError, train
@@ -88,7 +89,7 @@ def recorded(space: Space, config: RunConfig, data: DataSet) -> dict[str, Any]:
         for level in levels:
             begun = time.process_time()
             found = epoch.score([level])
-            row.append([count_of(value, scored) for value in found.values()])
+            row.append([count_of(found[f"{name}@{level}"], scored) for name in PROXIES])
             proxy[level] += time.process_time() - begun
         seen.append(row)
         sizes.append(sizes_of(space, config, data, epoch, sizing))
