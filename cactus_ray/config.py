@@ -70,7 +70,11 @@ class TrainConfig:
     The warm-up and the ramp are in the first stage; the learning rate falls in each; weights are averaged in the last.
     """
 
-    epochs: int = setting(30, doc="passes over the training split", minimum=1)
+    epochs: int = setting(30, doc="passes over the training split, or over train.epoch_fraction of it", minimum=1)
+    epoch_fraction: float | None = setting(
+        None, doc="share of the training split in an epoch, images drawn anew for each; default: all of it",
+        exclusive_minimum=0.0, maximum=1.0,
+    )  # fmt: skip
     batch_size: int = setting(64, doc="images per step, over all workers", minimum=1)
     optimizer: str = setting("adam", doc="optimiser", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(0.0, doc="weight decay", minimum=0.0)

@@ -87,8 +87,8 @@ def rung_epochs(rules: Rules, least: int, epochs: int, cost: float) -> tuple[int
 def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> Cost:
     """What an epoch of a configuration costs, in epochs of ``reference``; more than 0.
 
-    Passes of a step (``training.bench.ideal_units``) times multiply-accumulates of the full network. ``build`` makes
-    the untrained network, once per model.
+    Passes of a step (``training.bench.ideal_units``) times multiply-accumulates of the full network, times the share of
+    the training split that an epoch passes over. ``build`` makes the untrained network, once per model.
     """
     sizes: dict[Any, tuple[Network, int]] = {}
 
@@ -100,7 +100,7 @@ def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> 
         passes = ideal_units(config, network.graph)
         if passes is None:  # taps and staps: a box, and attacks of which the latent ones run in the tail only
             passes = 9.0 + 2.0 * ((config.attack_steps or 0) + (config.latent_steps or 0))
-        return passes * size
+        return passes * size * (1.0 if config.train.epoch_fraction is None else config.train.epoch_fraction)
 
     whole = cost(reference)
     return lambda config: cost(config) / whole

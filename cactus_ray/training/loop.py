@@ -128,7 +128,7 @@ def _score(run: Run, data: DataSet, metrics: dict[str, float], levels: Sequence[
 
 
 def _epoch(run: Run) -> dict[str, float]:
-    """One pass over the training split; returns, and appends to the history, its metrics."""
+    """One pass over the training split, or over a part of it; returns, and appends to the history, its metrics."""
     started = time.perf_counter()
     while run.epoch >= run.spans[run.number].end:
         run.enter_next_stage()

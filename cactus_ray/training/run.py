@@ -72,7 +72,8 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.labels) // self.batch_size
+        share = 1.0 if self.config.train.epoch_fraction is None else self.config.train.epoch_fraction
+        return max(int(share * len(self.labels) + 1e-9) // self.batch_size, 1)
 
     def batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of some indices (where ``images`` are), on the device."""

@@ -72,6 +72,14 @@ def config(**values: Any) -> RunConfig:
     return parse(RunConfig, {**plain, "method": "ibp", **values})
 
 
+def test_an_epoch_of_a_quarter_of_the_images_costs_a_quarter() -> None:
+    cost = epoch_costs(config(), lambda run: create(run, (1, 8, 8), 10))
+    part = config(train={"epoch_fraction": 0.25})
+    assert (cost(config()), cost(part)) == (1.0, 0.25)
+    # so it reaches a rung of the reference's second epoch after eight of its own
+    assert rung_epochs(Rules(goals={"a": "maximize"}, first=2.0, reduction=4.0), 1, 40, cost(part)) == (8, 32)
+
+
 def test_an_epoch_costs_its_passes_and_its_network() -> None:
     built = []
 

@@ -15,6 +15,7 @@ from cactus_ray.models.network import Network, pack, unpack
 from cactus_ray.training import perturb
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError, TrainResult, train
+from cactus_ray.training.run import Run
 from cactus_ray.training.state import generator_for
 
 BATCH_NORM = {"name": "mlp", "hidden": [12], "batch_norm": True}
@@ -175,6 +176,37 @@ def test_foreign_states_are_refused(run_config: Any, few_digits: DataSet) -> Non
 def test_a_batch_larger_than_the_data_is_one_step(run_config: Any, few_digits: DataSet) -> None:
     result = train(run_config(train__batch_size=1000, train__epochs=2), few_digits, report=go_on)
     assert result.epochs == 2
+
+
+def test_an_epoch_may_see_a_part_of_the_images_and_another_one_each_time(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = len(few_digits.labels["train"])
+    seen: list[Tensor] = []
+    whole_batch = Run.batch
+
+    def batch(run: Run, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(chosen)
+        return whole_batch(run, chosen)
+
+    monkeypatch.setattr(Run, "batch", batch)
+    config = run_config(train__epochs=2, train__batch_size=8, train__epoch_fraction=0.25)
+    whole = train(config, few_digits, report=go_on)
+    steps = int(0.25 * images) // 8
+    assert len(seen) == 2 * steps
+    first, second = (torch.cat(seen[i * steps : (i + 1) * steps]).tolist() for i in range(2))
+    assert len(set(first)) == len(first) == len(set(second)) == 8 * steps
+    assert set(first) != set(second)
+    _, state = train_with_stop(config, few_digits, 1)
+    assert_same(train(config, few_digits, report=go_on, state=state).network, whole.network)
+    least = train(run_config(train__epochs=1, train__epoch_fraction=1e-6), few_digits, report=go_on)
+    assert least.epochs == 1  # of one step
+
+
+def test_a_whole_epoch_is_what_it_was_without_the_setting(run_config: Any, few_digits: DataSet) -> None:
+    plain, stated = run_config(train__epochs=1), run_config(train__epochs=1, train__epoch_fraction=1.0)
+    assert plain.config_hash != stated.config_hash
+    assert_same(*(train(config, few_digits, report=go_on).network for config in (plain, stated)))
 
 
 def test_evenly_spaced() -> None:
