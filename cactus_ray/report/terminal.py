@@ -25,6 +25,10 @@ from cactus_ray.verification.verdict import wilson
 __all__ = ["StudyProgress", "front_table", "print_front", "print_status", "status_table", "to_json"]
 
 
+NOTES_WIDTH = 110
+"""Columns of a terminal from which on notes stand beside what they are about; in a narrower one they stand below."""
+
+
 def front_table(points: Sequence[Point]) -> Table:
     """The points that are on the front, smallest first, with both ends of the certified accuracy; 80 columns wide."""
     table = Table(
@@ -45,11 +49,12 @@ def front_table(points: Sequence[Point]) -> Table:
     return table
 
 
-def status_table(records: Records) -> Table:
-    """One row per trial: how far it is, what it cost, why it ended."""
+def status_table(records: Records, *, notes: bool = True) -> Table:
+    """One row per trial: how far it is, what it cost, and with ``notes`` why it ended."""
     seconds = seconds_by_trial(records)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trial", "status", "epochs", "verdicts", "certified", "train s", "verify s", "note"):
+    headings = ("trial", "status", "epochs", "verdicts", "certified", "train s", "verify s", "note")
+    for heading in headings if notes else headings[:-1]:
         right = heading not in ("trial", "status", "note")
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "note", overflow="fold")
     for trial in records.trials.values():
@@ -59,7 +64,7 @@ def status_table(records: Records) -> Table:
             trial.id, trial.status, _epochs(trial), f"{_verdicts(trial):,}",
             "-" if mean is None else f"{mean:.1%}", f"{train:.1f}", f"{verify:.1f}", _note(trial),
         )  # fmt: skip
-        table.add_row(*(Text(str(cell)) for cell in cells))
+        table.add_row(*(Text(str(cell)) for cell in (cells if notes else cells[:-1])))
     return table
 
 
@@ -92,7 +97,11 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
         asked |= {"hours": spent_hours(space, records), "packing": records.packing}
         _print_json(console, {**asked, "records": to_json(trials)})
         return
-    console.print(status_table(records))
+    wide = console.width >= NOTES_WIDTH
+    console.print(status_table(records, notes=wide))
+    for trial in records.trials.values():
+        if not wide and (note := _note(trial)):
+            console.print(f"{trial.id}: {note}", highlight=False, markup=False)
     states = ", ".join(f"{number} {state}" for state, number in counts["trials"].items())
     console.print(
         f"{space.name}: {counts['status']}; of {space.search.trials} trials {states}", highlight=False, markup=False
