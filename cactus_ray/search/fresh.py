@@ -37,8 +37,10 @@ def fresh_samples(space: Space, total: int) -> tuple[list[int], str | None]:
     chosen = order[: count if wanted is None else wanted]
     if chosen:
         return sorted(chosen), None
+    whole = {"verification.samples": count, "train.proxy_samples": int(train["proxy_samples"]) if decisive else 0}
+    blame = [key for key, samples in whole.items() if samples >= total] or list(whole)
     scored = f" or were scored during training (train.proxy_samples: {train['proxy_samples']})" if decisive else ""
     return [], (
         f"no fresh samples: all {total} of the selection split were verified on{scored}, so the front could not be "
-        f"seen again on others; a verification.samples below {total} leaves some"
+        f"seen again on others; less than {total} as {' and '.join(blame)} leaves some"
     )

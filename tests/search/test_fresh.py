@@ -40,7 +40,7 @@ def test_none_are_left_of_a_split_that_was_used_whole() -> None:
         found, why = fresh_samples(space(samples), 287)
         assert found == []
         assert "all 287 of the selection split" in str(why)
-        assert "verification.samples below 287" in str(why)
+        assert "less than 287 as verification.samples leaves some" in str(why)
     assert fresh_samples(space("selection", **search(fresh_samples=0)), 287) == ([], None)
 
 
@@ -61,3 +61,4 @@ def test_images_whose_scores_decided_something_are_used(change: dict[str, Any]) 
     none, why = fresh_samples(space(60, **change), 287)  # by default every image of so small a split is scored
     assert none == []
     assert "train.proxy_samples: 512" in str(why)
+    assert "less than 287 as train.proxy_samples leaves some" in str(why)
