@@ -124,6 +124,7 @@ def run_study(study: Study, options: DriverOptions, attach: Attach | None = None
             pool = _pool(study, shares, list(nodes))
             mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
             desk = Desk(study, shares, pool, mailbox, lambda gpus: loosened(space, gpus, available, shapes))
+            stack.callback(gc.unfreeze)
             gc.freeze()  # what is there now stays; to look through it again and again would hold up reports
             desk.start()
             try:

@@ -33,13 +33,16 @@ class Journal:
         self.held: list[Event] = []
 
     def emit(self, *events: Event) -> None:
-        """Write what was held back, then these events, and tell them in this order; nothing where there is none."""
-        held, self.held = [*self.held, *events], []
-        whole = [{**self.after.event(event), "time": time.time()} for event in held]
+        """Write what was held back, then these events, and tell them in this order; nothing where there is none.
+
+        Where one of these events is refused, what was held back is written with the next ones.
+        """
+        whole = [{**self.after.event(event), "time": time.time()} for event in (*self.held, *events)]
         if not whole:
             return
-        self.said = time.monotonic()
         self.store.append(*whole)
+        self.held = []
+        self.said = time.monotonic()
         for event in whole:
             self.budget.event(event)
             for listener in self.listeners:

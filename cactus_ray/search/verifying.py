@@ -15,11 +15,10 @@ from cactus_ray.config import RunConfig
 from cactus_ray.search.afterwards import Afterwards
 from cactus_ray.search.chunks import DEAR, Chunk, ChunkResult, LevelResult, Pieces, Verification, Worth, counts
 from cactus_ray.search.fresh import SPLIT as FRESH_SPLIT
+from cactus_ray.search.journal import Event
 from cactus_ray.search.rivals import Rivals
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import RunStore, TrialRecord
-
-Event = dict[str, Any]
 
 
 class Course(Protocol):

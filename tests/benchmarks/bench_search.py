@@ -31,6 +31,7 @@ from cactus_ray.search.simulate import Curve, Setup, Simulated, simulate
 from cactus_ray.search.space import Space, parse_space
 
 COUNTS = ("n_certified", "n_falsified", "n_unknown")
+NEARLY = (0.97, 0.98, 0.99, 0.995)
 WEIGHTS = (0.25, 0.5, 0.75)
 """Of IBP-certified accuracy in the weighted sums with plain accuracy."""
 SIZES = (0.5, 0.9)
@@ -190,6 +191,15 @@ def whole_studies(recording: Recording, scheduler: SchedulerSettings, trials: in
         )
 
 
+def near(recording: Recording, search: Search, bases: Sequence[Simulated], workers: int) -> Iterator[str]:
+    """What nearly all of random search's hypervolume costs, by this search and by random search itself."""
+    found = [recording.run(search, seed, workers) for seed in range(len(bases))]
+    for share in NEARLY:
+        for name, runs in (("waiting, random order", found), ("random search itself", bases)):
+            costs = [r.cost_of(share * b.hypervolume) / b.cost for r, b in zip(runs, bases, strict=True)]
+            yield line(f"{share:g} of the hypervolume, {name}", costs)
+
+
 def line(name: str, found: Sequence[float]) -> str:
     each = " ".join(f"{share:5.2f}" if math.isfinite(share) else "never" for share in found)
     median = statistics.median(found)
@@ -229,6 +239,7 @@ def main() -> None:
     for name, search in searches(scheduler, asked.sampler).items():
         table[name] = shares(recording, search, bases, asked.workers)
         print(line(name, table[name]), flush=True)
+    print(*near(recording, Search("random", promoting(scheduler)), bases, asked.workers), sep="\n", flush=True)
     metrics = single_metrics(recording.space, recording.curves)
     for metric in metrics:
         for how in (promoting, stopping):

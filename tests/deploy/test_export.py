@@ -172,6 +172,7 @@ def test_an_earlier_or_broken_off_pick_may_be_replaced(copy: Path) -> None:
     (copy / "certificate.json").unlink()
     (copy / "card.md.part").write_text("")
     refuse_foreign(copy)
+    assert (copy / "model.onnx").is_file()  # asked only: nothing is replaced yet
 
 
 def test_a_crash_leaves_no_certificate_beside_other_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ def test_the_committed_schema_is_the_one_that_is_generated() -> None:
 @pytest.mark.parametrize("path", sorted(SPACES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_spaces_validate(path: Path, validator: jsonschema.Draft202012Validator) -> None:
     validator.validate(yaml.safe_load(path.read_text()))
-    validator.validate(load_space(path).to_dict())
+    space = load_space(path)
+    validator.validate(space.to_dict())
+    assert space.parameters
 
 
 def test_nested_and_dotted_parameters_both_validate(validator: jsonschema.Draft202012Validator) -> None:
@@ -44,7 +46,7 @@ def test_nested_and_dotted_parameters_both_validate(validator: jsonschema.Draft2
     }
     data = {**minimal(), "parameters": parameters}
     validator.validate(data)
-    parse_space(data)
+    assert {p.name for p in parse_space(data).parameters} == {"model.width", "model.hidden", "train.epochs"}
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,22 @@ def test_what_belongs_together_is_synced_once_and_told_only_then(
     assert (told, synced) == (["epoch", "rung"], [0])
 
 
+def test_verdicts_outlive_a_record_that_is_refused(
+    space: Space, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = begin(space, tmp_path)
+    chunks = study.trained(started(study).id, {"last": b"network"}, "last", 1, 2.0)
+    monkeypatch.setattr("cactus_ray.search.study.trial_metrics", lambda *_: {"mean_certified_accuracy": float("nan")})
+    for chunk in chunks[:-1]:
+        study.verified(result(chunk))
+    with pytest.raises(ValueError, match="is nan"):
+        study.verified(result(chunks[-1]))
+    study.end("failed", 1.0)
+    events = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
+    assert [e["chunk"] for e in events if e["event"] == "verdicts"] == [chunk.id for chunk in chunks]
+    assert "completed" not in [e["event"] for e in events]
+
+
 def test_a_chunk_that_is_delivered_twice_counts_once(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     chunks = study.trained(started(study).id, {"last": b"network"}, "last", 1, 2.0)

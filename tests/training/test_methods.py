@@ -378,4 +378,5 @@ def test_the_regularizer_leaves_losses_without_bounds_alone(
 ) -> None:
     monkeypatch.setattr("cactus_ray.bounds.interval.propagate", _forbidden)
     for method in ("pgd", "standard"):
-        take(make_step(run_config(method=method, train__regularizer=0.5), few_digits, epsilon=0.01))
+        losses, _ = take(make_step(run_config(method=method, train__regularizer=0.5), few_digits, epsilon=0.01))
+        assert len(losses) == 1
