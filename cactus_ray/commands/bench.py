@@ -17,10 +17,11 @@ from cactus_ray.config import METHODS, RunConfig, options_of, parse
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError
 from cactus_ray.options import METHOD_OPTIONS
-from cactus_ray.training.bench import Costs, Spread, measure
+from cactus_ray.training.bench import Costs, Spread, StepCost, measure
 
 CLASSES = 10
 CERTIFIED_LOSS = "sabr"  # of the methods that take one
+REFERENCE = "sabr"  # the method that the others' steps are compared with
 # 1/4: members see a quarter of the batch, under a mask that is kept for ten steps.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "single": {"compression_set": {"strategy": "single"}},
@@ -64,7 +65,8 @@ def bench_train(console: Console, options: BenchOptions, *, as_json: bool) -> No
         )  # fmt: skip
     if as_json:
         settings = asdict(options) | {"torch": torch.__version__}
-        console.print_json(json.dumps({"settings": settings, **asdict(found)}))
+        steps = [asdict(step) | _derived(step, found) for step in found.steps]
+        console.print_json(json.dumps({"settings": settings, **asdict(found), "steps": steps}))
     else:
         _print(console, found, options)
 
@@ -126,25 +128,38 @@ def _whole_numbers(option: str, text: str) -> Sequence[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _over_reference(step: StepCost, found: Costs) -> Spread | None:
+    """How many steps of SABR with as many attack steps one takes; None without that, and for SABR's own."""
+    beside = [other for other in found.steps if other.name == REFERENCE and other.attack_steps == step.attack_steps]
+    return step.over(beside[0]) if beside and step.name != REFERENCE else None
+
+
+def _derived(step: StepCost, found: Costs) -> dict[str, Any]:
+    ratio = _over_reference(step, found)
+    return {"seconds": asdict(step.seconds), f"over_{REFERENCE}": None if ratio is None else asdict(ratio)}
+
+
 def _print(console: Console, found: Costs, options: BenchOptions) -> None:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", "MB"):
+    for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", f"x {REFERENCE}", "from-to", "MB"):
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
-    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "")
+    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "", "", "")
     for step in found.steps:
         times = step.forwards
-        ideal, efficiency = step.ideal, step.efficiency
+        ideal, efficiency, ratio = step.ideal, step.efficiency, _over_reference(step, found)
         table.add_row(
             step.name, "" if step.attack_steps is None else str(step.attack_steps), _milliseconds(step.seconds),
             f"{times.median:.1f}", f"{times.low:.1f}-{times.high:.1f}", "" if ideal is None else f"{ideal:.1f}",
-            "" if efficiency is None else f"{efficiency:.2f}", f"{step.peak_bytes / 1e6:.0f}",
+            "" if efficiency is None else f"{efficiency:.2f}", "" if ratio is None else f"{ratio.median:.2f}",
+            "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}", f"{step.peak_bytes / 1e6:.0f}",
         )  # fmt: skip
     console.print(table)
     console.print(
         f"{options.model} (width {options.width:g}), batch {options.batch_size} of {options.image}, {options.device},"
         f" {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout}; medians of"
-        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F; MB: peak of live"
-        " tensors; 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
+        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F;"
+        f" x {REFERENCE}: steps of it with the same k, turn by turn; MB: peak of live tensors;"
+        " 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
         highlight=False,
     )
 

@@ -50,7 +50,8 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What one configuration's step costs. ``seconds`` per step; ``forwards``: seconds / F within each repeat.
+    """What one configuration's step costs. ``turns``: seconds per step in each repeat, and ``seconds`` their spread;
+    ``forwards``: seconds / F within each repeat.
 
     ``ideal`` counts the passes, ``efficiency`` = ideal / forwards; both None for a method whose passes are not counted.
     ``peak_bytes``: largest sum of the tensors alive at once within a step, weights and optimiser state included.
@@ -58,11 +59,19 @@ class StepCost:
 
     name: str
     attack_steps: int | None
-    seconds: Spread
+    turns: tuple[float, ...]
     forwards: Spread
     ideal: float | None
     efficiency: float | None
     peak_bytes: int
+
+    @property
+    def seconds(self) -> Spread:
+        return Spread.of(self.turns)
+
+    def over(self, other: StepCost) -> Spread:
+        """How many steps of ``other`` one takes, turn by turn of the same measurement."""
+        return Spread.of([mine / theirs for mine, theirs in zip(self.turns, other.turns, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +209,7 @@ class _Bench:
         config = self.run.config
         ideal = ideal_units(config, self.run.graph)
         efficiency = None if ideal is None else ideal / ratios.median
-        return StepCost(self.name, config.attack_steps, Spread.of(self.times), ratios, ideal, efficiency, self.peak)
+        return StepCost(self.name, config.attack_steps, tuple(self.times), ratios, ideal, efficiency, self.peak)
 
 
 def _layouts(run: Run) -> dict[str, Callable[[], None]]:

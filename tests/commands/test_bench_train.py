@@ -17,8 +17,21 @@ def test_prints_every_method_with_its_efficiency(capsys: pytest.CaptureFixture[s
         ("ibp", None), ("sabr", 1), ("sabr", 2),
     ]  # fmt: skip
     assert [step["ideal"] for step in printed["steps"]] == [9.0, 11.0, 13.0]
+    assert all(len(step["turns"]) == 1 and step["seconds"]["median"] == step["turns"][0] for step in printed["steps"])
     assert run([*arguments, "--methods", "cactus"]) == 0
     assert "single 1/4" in capsys.readouterr().out
+
+
+def test_steps_are_compared_with_those_of_sabr_turn_by_turn(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "train", "--model", "mlp", "--image", "1x8x8", "--batch-size", "8", "--repeats", "3"]
+    assert run([*arguments, "--methods", "ibp,mtl_ibp,sabr", "--attack-steps", "1,2", "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    turns = {(step["name"], step["attack_steps"]): step["turns"] for step in steps}
+    ratios = {(step["name"], step["attack_steps"]): step["over_sabr"] for step in steps}
+    assert ratios["ibp", None] is ratios["sabr", 1] is ratios["sabr", 2] is None
+    for k in (1, 2):
+        expected = sorted(a / b for a, b in zip(turns["mtl_ibp", k], turns["sabr", k], strict=True))
+        assert list(ratios["mtl_ibp", k].values()) == [expected[1], expected[0], expected[2]]
 
 
 @pytest.mark.parametrize(
