@@ -47,8 +47,8 @@ STATE_NETWORKS = 5
 """Networks that a state takes; a trial in flight has two of them while one replaces the other."""
 
 EARLY = (
-    "the study's time is an upper end: every trial is counted as trained to its last epoch, and search.scheduler will "
-    "end most of them earlier"
+    "the study's time is an upper end: every trial is counted as trained to its last epoch, and search.scheduler may "
+    "end many of them earlier"
 )
 
 
@@ -56,8 +56,8 @@ EARLY = (
 class Estimate:
     """Seconds and bytes. ``training``: of one trial, by method; ``verification``: of one trial by one verifier, as an
     untrained network takes and without dear bounds; ``study``: of all trials at the planned concurrency.
-    ``upper_end``: that is more than the study will take, because its scheduler ends trials early and all are counted
-    whole."""
+    ``upper_end``: all are counted as trained to their last epoch, though the space has a scheduler that ends trials
+    early."""
 
     trials: int
     training: dict[str, Spread]
