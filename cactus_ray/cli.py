@@ -319,7 +319,7 @@ def verify(
     data: Annotated[str | None, typer.Option(help="Data set; default: the one it was trained on.")] = None,
     root: Root = None,
     split: Annotated[str, typer.Option(help="train, selection or test.")] = "test",
-    epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1 or 8/255.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels of a network file, separated by commas.")] = None,
     samples: Samples = None,
     bound: Bound = None,

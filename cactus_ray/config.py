@@ -59,7 +59,7 @@ class ThreatConfig:
     """The set of inputs against which robustness is certified: a ball clipped to the domain."""
 
     norm: str = setting("linf", doc="norm of the perturbation", choices=("linf",))
-    epsilon: float = setting(doc="radius in units of the image domain", minimum=0.0, maximum=1.0)
+    epsilon: float = setting(doc="radius in units of the image domain", minimum=0.0, maximum=1.0, fraction=True)
     domain: tuple[float, float] = setting((0.0, 1.0), doc="smallest and largest pixel value")
 
 

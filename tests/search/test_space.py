@@ -121,6 +121,13 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
     assert load_space(write(tmp_path, text)).parameters[0].domain.ends() == (0.0003, 0.01)
 
 
+def test_a_radius_may_be_a_fraction_of_pixel_values(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("epsilon: 0.1", "epsilon: 8/255")
+    assert load_space(write(tmp_path, text)).threat.epsilon == 8 / 255
+    space = load_space(write(tmp_path, EXAMPLE), overrides={"threat.epsilon": "2/255"})
+    assert (space.threat.epsilon, space.to_dict()["threat"]["epsilon"]) == (2 / 255, 2 / 255)
+
+
 def test_quantised_ranges_hold_exactly_the_multiples() -> None:
     space = parse_space(
         with_parameters(
@@ -315,7 +322,9 @@ BAD_KEYS = [
     ({"threat": {"epsilon": -0.1}}, "threat.epsilon", "-0.1", "[0.0, 1.0]"),
     ({"threat": {"epsilon": float("nan")}}, "threat.epsilon", "nan", "finite"),
     ({"threat": {"epsilon": float("inf")}}, "threat.epsilon", "inf", "finite"),
-    ({"threat": {"epsilon": "8/255"}}, "threat.epsilon", "'8/255'", "finite number"),
+    ({"threat": {"epsilon": "8/0"}}, "threat.epsilon", "'8/0'", "fraction such as 8/255"),
+    ({"threat": {"epsilon": "300/255"}}, "threat.epsilon", str(300 / 255), "[0.0, 1.0]"),
+    ({"threat": {"epsilon": "-8/255"}}, "threat.epsilon", "'-8/255'", "finite number"),
     ({"threat": {"epsilon": True}}, "threat.epsilon", "True", "finite number"),
     ({"threat": {}}, "threat.epsilon", "None", "radius"),
     ({"threat": {"epsilon": 0.1, "norm": "l2"}}, "threat.norm", "'l2'", "linf"),
