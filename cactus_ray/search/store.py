@@ -32,6 +32,7 @@ __all__ = [
     "TrialRecord",
     "append_line",
     "read_records",
+    "temporary",
     "with_front",
     "write_tables",
     "write_whole",
@@ -118,12 +119,17 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file anew; it is whole and on disk when this returns, and never half there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    half = temporary(path)
+    with half.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    half.replace(path)
+
+
+def temporary(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _without_non_finite(value: Any) -> Any:
@@ -161,9 +167,9 @@ def write_tables(run: str | Path, records: Records, front: Mapping[str, str]) ->
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    half = temporary(path)
+    with half.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
+    half.replace(path)
