@@ -114,7 +114,8 @@ def _event_line(event: Mapping[str, Any]) -> bytes:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    # there are no circles, and to look for them takes a fifth of the time where rows are many and small
+    return json.dumps(row, allow_nan=False, check_circular=False, separators=(",", ":")).encode() + b"\n"
 
 
 def write_whole(path: Path, data: bytes) -> None:
