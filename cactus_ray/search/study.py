@@ -71,7 +71,8 @@ class Study(Journal):
         self.sampler.replay(records)
         self.rungs = Rungs(space, records, cost)
         self.draws = Draws(space, store.path, self.sampler, self.rungs.epoch_cost)
-        self.verification = Verifying(space, pieces, Rivals(space.front, records.points()), after, self)
+        rivals = Rivals.of_records(space.front, space.constraints, records)
+        self.verification = Verifying(space, pieces, rivals, after, self)
         self.configs: dict[str, RunConfig] = {}
         self.numbers: dict[str, int] = {}
         self.training: set[str] = set()
@@ -290,14 +291,15 @@ class Study(Journal):
         self.training.discard(trial)
         self.restart.append(self._start(trial, self.numbers[trial], self.configs[trial]))
 
-    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> None:
-        """Every verdict of a trial is there."""
+    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> dict[str, float]:
+        """Every verdict of a trial is there; its metrics."""
         metrics = trial_metrics(points, train_seconds, self.space.front, self.reference)
         self.emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
         self.verification.drop(trial)
         if trial not in self.after.of:
             self.finished += 1
             self.sampler.tell(self.numbers[trial], metrics, "completed")
+        return metrics
 
     def waits(
         self, trial: str, epoch: int = 0, data: bytes | None = None, seconds: float | None = None
