@@ -426,6 +426,11 @@ BAD_PARAMETERS = [
         "parameters.train.parameters.epochs", "train.epochs", "once",
     ),
     ({"train": {"parameters": {}, "min": 1}}, "parameters.train.min", "1", "when, parameters"),
+    ({"weight_bits": {"values": [4, 7]}}, "parameters.weight_bits.values[1]", "7", "one of 2, 3, 4, 5, 6, 8"),
+    (
+        {"codebook_bits": {"min": 2, "max": 8}},
+        "parameters.codebook_bits", "{'min': 2, 'max': 8}", "value or values: this key is one of 2, 3, 4, 5, 6, 8",
+    ),
     (
         {"method": CACTUS_OR_SABR, "awp_radius": {"value": 1, "when": {"metod": ["cactus"]}}},
         "parameters.awp_radius.when.metod", "'metod'", "method",
