@@ -22,7 +22,7 @@ FRACTION = r"\d+/[1-9]\d*"
 _hints = functools.cache(typing.get_type_hints)  # annotations are texts, and putting them into types takes milliseconds
 
 
-def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
+def setting(default: Any = MISSING, *, doc: str, choices: tuple[str | int, ...] = (), **limits: Any) -> Any:
     """A field with its allowed values.
 
     ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum; ``word``: text that stands for None;
@@ -112,7 +112,7 @@ def _in_range(value: float, limits: Mapping[str, Any]) -> bool:
 def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What would be right, in words: "a finite number in (0.0, 1.0]" or "one of adam, sgd"."""
     if metadata.get("choices"):
-        return f"one of {', '.join(metadata['choices'])}"
+        return f"one of {', '.join(map(str, metadata['choices']))}"
     if hint not in (int, float):
         return {str: "text", bool: "true or false"}.get(hint, str(hint))
     low, high = metadata.get("minimum"), metadata.get("maximum")

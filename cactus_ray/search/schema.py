@@ -155,7 +155,7 @@ def _parameter(key: Key) -> Schema:
         "when": {"$ref": "#/$defs/when"},
     }
     forms: list[Schema] = [{"required": ["value"]}, {"required": ["values"]}]
-    if key.hint in (int, float):
+    if key.hint in (int, float) and "enum" not in value:
         properties |= {
             "min": value, "max": value, "q": {"type": value.get("type", "number"), "exclusiveMinimum": 0},
             "distribution": {"enum": [d for d in DISTRIBUTIONS if key.hint is float or d[0] in "qi"]},

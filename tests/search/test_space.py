@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cactus_ray.config import RunConfig, parse
+from cactus_ray.config import METHODS, RunConfig, parse
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.search.domains import Choices
+from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import load_space, parse_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -92,6 +94,22 @@ def test_shipped_spaces_load_and_survive_being_written_out(path: Path) -> None:
     assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
     assert parse_space(space.to_dict()) == space
     assert parse_space(yaml.safe_load(yaml.safe_dump(space.to_dict(), sort_keys=False))) == space
+
+
+def test_the_shipped_study_over_methods_holds_all_of_them_and_tries_each_before_it_draws() -> None:
+    space = load_space(SPACES / "methods_digits.yaml")
+    (method,) = (p for p in space.parameters if p.name == "method")
+    assert isinstance(method.domain, Choices)
+    assert sorted(method.domain.values) == sorted(METHODS)
+    assert {point["method"] for point in space.points} == set(METHODS)
+    assert space.search.trials >= 2 * len(space.points)
+    sampler = OptunaSampler(space)
+    for point in space.points:
+        suggestion = sampler.ask()
+        assert suggestion is not None
+        assert suggestion.origin == "point"
+        assert point.items() <= suggestion.values.items()
+        assert space.configuration(suggestion.values, 0).method == point["method"]
 
 
 def test_only_five_keys_are_needed() -> None:
@@ -435,6 +453,11 @@ BAD_PARAMETERS = [
         "parameters.train.parameters.epochs", "train.epochs", "once",
     ),
     ({"train": {"parameters": {}, "min": 1}}, "parameters.train.min", "1", "when, parameters"),
+    ({"weight_bits": {"values": [4, 7]}}, "parameters.weight_bits.values[1]", "7", "one of 2, 3, 4, 5, 6, 8"),
+    (
+        {"codebook_bits": {"min": 2, "max": 8}},
+        "parameters.codebook_bits", "{'min': 2, 'max': 8}", "value or values: this key is one of 2, 3, 4, 5, 6, 8",
+    ),
     (
         {"method": CACTUS_OR_SABR, "awp_radius": {"value": 1, "when": {"metod": ["cactus"]}}},
         "parameters.awp_radius.when.metod", "'metod'", "method",
