@@ -447,9 +447,15 @@ def simulate(
 def bench_train(
     model: Annotated[str, typer.Option(help="Architecture, such as cnn_small or cnn7.")] = "cnn_small",
     width: Annotated[float, typer.Option(help="Factor on every width.")] = 1.0,
+    batch_norm: Annotated[
+        bool | None, typer.Option(help="Batch norm after every hidden layer; default: the model's own.")
+    ] = None,
     image: Annotated[str, typer.Option(help="Channels, height and width of an image.")] = "1x28x28",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: all.")] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help="Of cactus: names separated by commas, or all; default: the usual six.")
+    ] = None,
     attack_steps: Annotated[str, typer.Option(help="Steps of the attacks, such as 1,8.")] = "1,8",
     repeats: Annotated[int, typer.Option(min=1, help="Turns in which all steps are timed.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
@@ -460,7 +466,9 @@ def bench_train(
     from cactus_ray.commands.bench import BenchOptions
     from cactus_ray.commands.bench import bench_train as run_bench
 
-    options = BenchOptions(model, width, image, batch_size, methods, attack_steps, repeats, threads, device)
+    options = BenchOptions(
+        model, width, batch_norm, image, batch_size, methods, strategies, attack_steps, repeats, threads, device
+    )
     run_bench(out, options, as_json=as_json)
 
 

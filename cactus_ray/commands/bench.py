@@ -22,26 +22,48 @@ from cactus_ray.training.bench import Costs, Spread, StepCost, measure
 CLASSES = 10
 CERTIFIED_LOSS = "sabr"  # of the methods that take one
 REFERENCE = "sabr"  # the method that the others' steps are compared with
-# 1/4: members see a quarter of the batch, under a mask that is kept for ten steps.
+_QUARTER: dict[str, Any] = {"member_fraction": 0.25, "refresh_every": 10}
+"""Of a strategy named /4: members see a quarter of the batch, under a mask that is kept for ten steps."""
+
+
+def _steps(strategy: str, awp: dict[str, Any] | None = None, **values: Any) -> dict[str, Any]:
+    return {"compression_set": {"strategy": strategy, **values}, **({} if awp is None else {"awp_radius": 0.5, **awp})}
+
+
 STRATEGIES: dict[str, dict[str, Any]] = {
-    "single": {"compression_set": {"strategy": "single"}},
-    "single 1/4": {"compression_set": {"strategy": "single", "member_fraction": 0.25, "refresh_every": 10}},
-    "triple": {"compression_set": {"strategy": "triple"}},
-    "triple 1/4": {"compression_set": {"strategy": "triple", "member_fraction": 0.25, "refresh_every": 10}},
-    "awp": {"compression_set": {"strategy": "none"}, "awp_radius": 0.5},
-    "single + awp": {"compression_set": {"strategy": "single"}, "awp_radius": 0.5},
+    "single": _steps("single"),
+    "single/4": _steps("single", **_QUARTER),
+    "triple": _steps("triple"),
+    "triple/4": _steps("triple", **_QUARTER),
+    "random": _steps("random"),
+    "fixed": _steps("fixed"),
+    "dense": _steps("dense"),
+    "progressive": _steps("progressive"),
+    "adaptive": _steps("adaptive"),
+    "awp": _steps("none", {}),
+    "awp-noise": _steps("none", {"awp_kind": "noise"}),
+    "awp-rounding": _steps("none", {"awp_kind": "rounding"}),
+    "awp-3": _steps("none", {"awp_steps": 3}),
+    "single+awp": _steps("single", {}),
+    "single+awp-pruned": _steps("single", {"awp_member": "pruned"}),
 }
+"""What CACTUS is timed with, by name. awp-3: three ascent steps; awp-pruned: the pruned copy is perturbed."""
+USUAL = ("single", "single/4", "triple", "triple/4", "awp", "single+awp")
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What is measured. ``image``: text such as 1x28x28; ``steps_of_attack``: text such as 1,8."""
+    """What is measured. ``image``: text such as 1x28x28; ``steps_of_attack``: text such as 1,8; ``strategies``: of
+    CACTUS, names in ``STRATEGIES`` separated by commas, or all (None: ``USUAL``); ``batch_norm``: None for the model's
+    own."""
 
     model: str
     width: float
+    batch_norm: bool | None
     image: str
     batch_size: int
     methods: str | None
+    strategies: str | None
     steps_of_attack: str
     repeats: int
     threads: int
@@ -78,7 +100,7 @@ def _cases(options: BenchOptions, shape: tuple[int, ...]) -> list[tuple[str, Run
     for method in wanted:
         if method not in METHODS:
             raise ConfigError("--methods", method, f"some of {', '.join(METHODS)}, separated by commas")
-        variants = STRATEGIES if method == "cactus" else {"": {}}
+        variants = _strategies(options.strategies) if method == "cactus" else {"": {}}
         for variant, values in variants.items():
             attacked = "attack_steps" in options_of(method, CERTIFIED_LOSS if method in METHOD_OPTIONS else None)
             for count in counts if attacked else (None,):
@@ -87,13 +109,22 @@ def _cases(options: BenchOptions, shape: tuple[int, ...]) -> list[tuple[str, Run
     return cases
 
 
+def _strategies(text: str | None) -> dict[str, dict[str, Any]]:
+    names = list(STRATEGIES) if text == "all" else text.split(",") if text else USUAL
+    for name in names:
+        if name not in STRATEGIES:
+            raise ConfigError("--strategies", name, f"all, or some of {', '.join(STRATEGIES)}, separated by commas")
+    return {name: STRATEGIES[name] for name in names}
+
+
 def _config(
     options: BenchOptions, shape: tuple[int, ...], method: str, values: dict[str, Any], attack_steps: int | None
 ) -> RunConfig:
+    norm = {} if options.batch_norm is None else {"batch_norm": options.batch_norm}
     plain = {
         # only its normalisation is used: no file is read
         "data": {"name": "image_folder" if shape[0] == 3 else "mnist", "root": "."},
-        "model": {"name": options.model, "width": options.width},
+        "model": {"name": options.model, "width": options.width, **norm},
         "threat": {"epsilon": 0.1 if shape[0] == 1 else 8 / 255},
         "train": {"batch_size": options.batch_size},
         "method": method,
@@ -154,12 +185,13 @@ def _print(console: Console, found: Costs, options: BenchOptions) -> None:
             "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}", f"{step.peak_bytes / 1e6:.0f}",
         )  # fmt: skip
     console.print(table)
+    norm = {None: "", True: ", batch norm", False: ", no batch norm"}[options.batch_norm]
     console.print(
-        f"{options.model} (width {options.width:g}), batch {options.batch_size} of {options.image}, {options.device},"
-        f" {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout}; medians of"
-        f" {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F;"
+        f"{options.model} (width {options.width:g}{norm}), batch {options.batch_size} of {options.image},"
+        f" {options.device}, {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout};"
+        f" medians of {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F;"
         f" x {REFERENCE}: steps of it with the same k, turn by turn; MB: peak of live tensors;"
-        " 1/4: members see a quarter of the batch, under masks that are kept for 10 steps.",
+        " /4: members see a quarter of the batch, under masks that are kept for 10 steps.",
         highlight=False,
     )
 

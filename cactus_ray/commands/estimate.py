@@ -46,11 +46,18 @@ ON_FRONT = 20
 STATE_NETWORKS = 5
 """Networks that a state takes; a trial in flight has two of them while one replaces the other."""
 
+EARLY = (
+    "the study's time is an upper end: every trial is counted as trained to its last epoch, and search.scheduler will "
+    "end most of them earlier"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Seconds and bytes. ``training``: of one trial, by method; ``verification``: of one trial by one verifier, as an
-    untrained network takes and without dear bounds; ``study``: of all trials at the planned concurrency."""
+    untrained network takes and without dear bounds; ``study``: of all trials at the planned concurrency.
+    ``upper_end``: that is more than the study will take, because its scheduler ends trials early and all are counted
+    whole."""
 
     trials: int
     training: dict[str, Spread]
@@ -63,19 +70,21 @@ class Estimate:
     free_bytes: int
     packing: Packing | None
     seeds: int = 1
+    upper_end: bool = False
 
 
 def estimate(space: Space, data: DataSet, untrained: Network, run: Path, driver: DriverOptions) -> Estimate:
     """Profile the space on this machine. UserError where not even one trial fits the cluster."""
     shares, packing = _shares(space, driver)
     torch.set_num_threads(space.resources.threads)
-    training = {method: _training(configs, data, space) for method, configs in _drawn(space).items()}
+    training = {method: _training(configs, data, space, driver.trust_code) for method, configs in _drawn(space).items()}
     verification = _verification(space, untrained)
     trials = min(space.search.trials, space.search.max_trials or space.search.trials)
     return Estimate(
         trials, training, verification, space.verification.bound in DEAR_BOUNDS, shares.training, shares.verifiers,
         _study(list(training.values()), verification, trials, shares),
         disk_bytes(space, data, untrained), free_bytes(run), packing, space.search.seeds,
+        space.search.scheduler.name != "none",
     )  # fmt: skip
 
 
@@ -135,9 +144,10 @@ def print_estimate(console: Console, found: Estimate, *, as_json: bool) -> None:
         f"study: {found.trials} trials, {found.at_once} training at once beside {found.verifiers} verifier(s): about "
         f"{duration_text(study.median)} ({duration_text(study.low)} to {duration_text(study.high)})"
         + (more if found.seeds > 1 else ""),
+        *([EARLY] if found.upper_end else []),
         f"disk: about {size_text(found.disk_bytes)}B of {size_text(found.free_bytes)}B free",
-        f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each at the final radius; as if trials "
-        "and verifiers did not slow each other down",
+        f"from {DRAWS} drawn configurations per method, {TURNS * STEPS} steps each of every stage, the warm-up and the "
+        "ramp, by their shares of the epochs; as if trials and verifiers did not slow each other down",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -174,14 +184,17 @@ def _drawn(space: Space) -> dict[str, list[RunConfig]]:
     return found
 
 
-def _training(configs: Sequence[RunConfig], data: DataSet, space: Space) -> Spread:
-    """Seconds of a trial: steps of all epochs at the final radius, and the scores after each epoch."""
+def _training(configs: Sequence[RunConfig], data: DataSet, space: Space, trust_code: bool) -> Spread:
+    """Seconds of a trial: the steps of all its phases by their shares, and the scores after each epoch."""
     r = space.resources
     device = "cuda" if r.gpus_per_worker > 0 and torch.cuda.is_available() else "cpu"
     seconds: list[Spread] = []
     for config in configs:
-        step = measure([("step", config)], data, repeats=TURNS, steps=STEPS, device=device).steps[0].seconds
-        run = start(config, data, None, None, Alone(), False, device)
+        costs = measure(
+            [("step", config)], data, repeats=TURNS, steps=STEPS, device=device, trust_code=trust_code, whole=True
+        )
+        step = costs.of_training("step")
+        run = start(config, data, None, None, Alone(), trust_code, device)
         begin = time.perf_counter()
         proxy_accuracies(run.graph, run.kept(), *run.selection, config.threat, Alone())
         score = time.perf_counter() - begin

@@ -1,13 +1,16 @@
 """Halving in a study: which epochs are scored and judged, by which proxies, and at what cost an epoch counts.
 
-Resources are units of cost: epochs times the cost of an epoch relative to the study's reference configuration (every
-parameter's first value, the largest model), worked out from passes and multiply-accumulates and not measured, so that a
-study can be repeated. Trials at a rung have then cost the same, whatever their number of epochs, model or method.
+Resources are units of cost: what a trial's epochs so far have cost, in epochs of the study's reference configuration
+(every parameter's first value, the largest model) at full epsilon, worked out from passes and multiply-accumulates and
+not measured, so that a study can be repeated. Trials at a rung have then cost the same, whatever their number of
+epochs, model, method and stage, as far as passes tell (``epoch_costs`` says what they leave out).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cactus_ray.compression.factorize import PART_BITS
@@ -19,9 +22,11 @@ from cactus_ray.search.halving import Decision, Halving, Rules
 from cactus_ray.search.records import Records
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import Space
-from cactus_ray.training.bench import ideal_units
+from cactus_ray.training.passes import RAMP, WARM_UP, Phase, estimated_units, phases
 
-Cost = Callable[[RunConfig], float]
+Spent = Callable[[int], float]
+"""What the first so many epochs of a configuration cost; it grows with every epoch."""
+Cost = Callable[[RunConfig], Spent]
 PROXIES = ("standard_accuracy", "ibp_certified_accuracy")
 
 
@@ -70,40 +75,54 @@ def accuracy_goals(levels: Sequence[str]) -> dict[str, str]:
     return {f"{name}@{level}": "maximize" for level in extreme_levels(levels) for name in PROXIES}
 
 
-def rung_epochs(rules: Rules, least: int, epochs: int, cost: float) -> tuple[int, ...]:
-    """The first epochs, from ``least`` on, at or beyond a rung each, if an epoch costs ``cost``; never the last of all.
+def rung_epochs(rules: Rules, least: int, epochs: int, spent: Spent) -> tuple[int, ...]:
+    """The first epochs, from ``least`` on, at or beyond a rung each; never the last of all.
 
     At its last epoch there is nothing left of a trial to save.
     """
     found, before = [], None
     for epoch in range(least, epochs):
-        rung = rules.rung(epoch * cost)
+        rung = rules.rung(spent(epoch))
         if rung != before:
             found.append(epoch)
         before = rung
     return tuple(found)
 
 
-def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> Cost:
-    """What an epoch of a configuration costs, in epochs of ``reference``; more than 0.
+def steady(cost: float) -> Spent:
+    """All epochs cost the same."""
+    return lambda epochs: epochs * cost
 
-    Passes of a step (``training.bench.ideal_units``) times multiply-accumulates of the full network, times the share of
-    the training split that an epoch passes over. ``build`` makes the untrained network, once per model.
+
+def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> Cost:
+    """What epochs of a configuration cost, in epochs of ``reference`` in its first stage at full epsilon.
+
+    Passes of a step (``training.passes``), phase by phase, times multiply-accumulates of the full network, times the
+    share of the training split that an epoch passes over. ``build`` makes the untrained network, once per model.
+
+    The warm-up counts like the ramp, or every rung would lie behind the epochs that it is named after. Passes of taps
+    and staps are a guess; weights that are ranked, rounded or clustered, and the scores after an epoch, count nothing.
     """
     sizes: dict[Any, tuple[Network, int]] = {}
 
-    def cost(config: RunConfig) -> float:
+    def passed(config: RunConfig, phase: Phase) -> float:
         if config.model not in sizes:
             network = build(config)
             sizes[config.model] = network, macs(network.graph, network.params)
         network, size = sizes[config.model]
-        passes = ideal_units(config, network.graph)
-        if passes is None:  # taps and staps: a box, and attacks of which the latent ones run in the tail only
-            passes = 9.0 + 2.0 * ((config.attack_steps or 0) + (config.latent_steps or 0))
-        return passes * size * (1.0 if config.train.epoch_fraction is None else config.train.epoch_fraction)
+        share = 1.0 if config.train.epoch_fraction is None else config.train.epoch_fraction
+        return estimated_units(config, network.graph, network.params, phase) * size * share
 
-    whole = cost(reference)
-    return lambda config: cost(config) / whole
+    whole = passed(reference, Phase(phases(reference)[0].stage))
+
+    @functools.lru_cache(maxsize=1024)
+    def cost(config: RunConfig) -> Spent:
+        found = [(p, passed(config, replace(p, part=RAMP) if p.part == WARM_UP else p) / whole) for p in phases(config)]
+        if len({each for _, each in found}) == 1:
+            return steady(found[0][1])  # to the last digit as it was before phases were told apart
+        return lambda epochs: sum(max(min(epochs, p.end) - p.first, 0.0) * each for p, each in found)
+
+    return cost
 
 
 def rules_of(settings: SchedulerSettings, goals: Mapping[str, str]) -> Rules:
@@ -127,15 +146,19 @@ class Rungs:
         self.levels = scored_levels(space.levels)
         s = self.settings
         nobody_asks = s.name == "none" and s.score == "rungs"
-        self.epoch_cost: Cost = (lambda config: 1.0) if cost is None or nobody_asks else cost
+        self.cost: Cost = (lambda config: steady(1.0)) if cost is None or nobody_asks else cost
         self.halving = Halving(rules_of(s, proxy_goals(space.levels)))
         self.halving.take_up(decision for trial in records.trials.values() for decision in trial.rungs)
+
+    def epoch_cost(self, config: RunConfig) -> float:
+        """What an epoch costs, the mean over a whole training."""
+        return self.cost(config)(config.train.epochs) / config.train.epochs
 
     def asked(self, config: RunConfig) -> tuple[int, ...]:
         """The epochs after which a trial is judged."""
         if self.settings.name == "none":
             return ()
-        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.epoch_cost(config))
+        return rung_epochs(self.halving.rules, self.settings.min_epochs, config.train.epochs, self.cost(config))
 
     def scored(self, config: RunConfig) -> tuple[int, ...]:
         """The epochs after which the proxies are measured."""
@@ -146,7 +169,7 @@ class Rungs:
         if epoch not in self.asked(config):
             return None
         before = self.halving.standing(trial)
-        decision = self.halving.report(trial, epoch * self.epoch_cost(config), metrics, epoch / config.train.epochs)
+        decision = self.halving.report(trial, self.cost(config)(epoch), metrics, epoch / config.train.epochs)
         return None if decision is before else decision
 
     def stopped(self, trial: str) -> Decision | None:

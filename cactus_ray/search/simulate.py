@@ -20,7 +20,7 @@ from cactus_ray.search.domains import Choices
 from cactus_ray.search.halving import Decision, Halving, following
 from cactus_ray.search.pareto import non_dominated, relative_hypervolume
 from cactus_ray.search.records import Records, TrialRecord
-from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rules_of, rung_epochs
+from cactus_ray.search.rungs import PROXIES, accuracy_goals, proxy_goals, rules_of, rung_epochs, steady
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.samplers import check_sampler
 from cactus_ray.search.settings import SchedulerSettings
@@ -32,8 +32,8 @@ class Curve:
     """A configuration with all that training it would show: per epoch, and after verification.
 
     ``seconds`` and ``metrics``: one entry per epoch; ``outcome``: the metrics of the finished trial; ``epoch_cost``: of
-    an epoch at rungs, as the study counted it; ``score_seconds``: by level, of measuring its proxies once, where
-    that is not among ``seconds``.
+    an epoch at rungs, as the study counted it, the mean of all (here they all cost that); ``score_seconds``: by level,
+    of measuring its proxies once, where that is not among ``seconds``.
     """
 
     values: Mapping[str, Any]
@@ -239,7 +239,7 @@ class _Simulation:
 
     def _asked(self, curve: Curve, epoch: int) -> bool:
         s = self.setup.scheduler
-        at = rung_epochs(self.halving.rules, s.min_epochs, len(curve.seconds), curve.epoch_cost)
+        at = rung_epochs(self.halving.rules, s.min_epochs, len(curve.seconds), steady(curve.epoch_cost))
         return s.name != "none" and epoch in at
 
     def _finish(self, curve: Curve) -> None:

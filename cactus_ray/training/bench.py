@@ -1,7 +1,7 @@
 """What a training step costs, in plain forward passes: the unit in which methods are compared across machines.
 
-F is the fastest plain forward of the same network and batch. A step's *ideal* counts its passes (a forward, a backward
-to the input and one to the weights cost F each; an interval pass twice that); efficiency = ideal x F / step.
+F is the fastest plain forward of the same network and batch. A step's *ideal* counts its passes (``passes``);
+efficiency = ideal x F / step.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cactus_ray.bounds.graph import Graph, Params, forward
-from cactus_ray.compression.sets import members
+from cactus_ray.bounds.graph import Params, forward
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
 from cactus_ray.training.layout import channels_last
 from cactus_ray.training.loop import update
-from cactus_ray.training.losses import ATTACKED, EXPRESSIVE, TAIL_ATTACKED, UNBOUNDED
-from cactus_ray.training.methods import STAGES
+from cactus_ray.training.passes import FULL, Phase, ideal_units, phases
 from cactus_ray.training.run import Run, start
-from cactus_ray.training.stages import WHOLE
+from cactus_ray.training.schedule import epsilon_at, standard_weight_at
 from cactus_ray.training.state import generator_for
 from cactus_ray.training.step import Step
 from cactus_ray.training.workers import Alone
 
 WARM_UP = 3
-_BOX, _CLEAN, _POINT, _BACKWARD_BOUND, _ATTACK_STEP = 6.0, 3.0, 3.0, 3.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,8 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What one configuration's step costs. ``turns``: seconds per step in each repeat, and ``seconds`` their spread;
+    """What a step costs. ``case``: the configuration's name, ``name`` with the phase behind it; ``share``: of all
+    steps of a training, those of this phase. ``turns``: seconds per step in each repeat, and ``seconds`` their spread;
     ``forwards``: seconds / F within each repeat.
 
     ``ideal`` counts the passes, ``efficiency`` = ideal / forwards; both None for a method whose passes are not counted.
@@ -58,6 +56,8 @@ class StepCost:
     """
 
     name: str
+    case: str
+    share: float
     attack_steps: int | None
     turns: tuple[float, ...]
     forwards: Spread
@@ -82,43 +82,11 @@ class Costs:
     layout: str
     steps: tuple[StepCost, ...]
 
-
-def ideal_units(config: RunConfig, graph: Graph) -> float | None:
-    """The passes of a step in F: 9 + 2k for SABR with k attack steps, 18 + 2k for a pair with a shared attack.
-
-    A member that sees a share of the batch counts as that share. None where a method's passes have no simple count:
-    those of taps and staps depend on the size of the tail and on the number of classes.
-    """
-    loss = config.loss
-    if loss in TAIL_ATTACKED:
-        return None
-    if loss == "standard":
-        return _CLEAN
-    normalised = any(node.op == "batch_norm" for node in graph.nodes)
-    clean = _CLEAN if config.standard_weight or (normalised and loss not in EXPRESSIVE) else 0.0
-    attack = _ATTACK_STEP * (config.attack_steps or 0) if loss in ATTACKED else 0.0
-    if normalised and clean == 0.0:
-        attack += 1.0  # the full network's clean forward, for its running statistics
-    one = clean + (0.0 if loss in UNBOUNDED else _BOX)
-    if loss in EXPRESSIVE or loss in UNBOUNDED:
-        one += _POINT
-    if config.crown_weight:
-        one += _BACKWARD_BOUND
-    if config.awp_gamma:
-        one *= 2.0  # the same once more at the perturbed weights
-    if config.method == "nrsloss" and loss in UNBOUNDED:
-        one += _BOX
-    chosen = config.compression_set
-    if chosen is None:
-        return attack + one
-    drawn = members(chosen) - 1
-    eta, steps = config.awp_radius or 0.0, config.awp_steps or 1
-    beside = float(drawn)
-    if eta > 0.0:
-        separate = config.awp_member == "separate" or drawn == 0
-        # one step of a copy of the full network is free: its gradient is there already
-        beside += (1 + (steps if steps > 1 else 0)) if separate else drawn * steps
-    return attack + one * (1.0 + chosen.member_fraction * beside)
+    def of_training(self, case: str) -> Spread:
+        """Seconds of the mean step of a training, by the shares of its phases; of a measurement of all (``whole``)."""
+        mine = [step for step in self.steps if step.case == case]
+        return Spread.of([sum(s.share * t for s, t in zip(mine, turn, strict=True))
+                          for turn in zip(*(s.turns for s in mine), strict=True)])  # fmt: skip
 
 
 def measure(
@@ -129,24 +97,27 @@ def measure(
     steps: int = 4,
     device: str = "cpu",
     trust_code: bool = False,
+    whole: bool = False,
     progress: Callable[[str], object] = lambda text: None,
 ) -> Costs:
     """Time the steps of all cases in turns, ``repeats`` times ``steps`` steps each, next to a plain forward.
 
     All cases must share model and batch size; one whose method has stages is measured in each. A step is everything
     that the loop does for a batch: losses, gradients, clipping, optimiser and batch-norm statistics, at the final
-    epsilon and standard weight. ``data`` needs the splits
+    epsilon and standard weight; with ``whole`` also in the warm-up and in the middle of the ramp, and only in phases
+    that the training has. ``data`` needs the splits
     train (at least one batch) and selection. The thread count is the caller's. On one CPU thread seconds are the
     processor's, which other work on the machine disturbs less; otherwise the clock's.
     """
     benches = [
-        _Bench.of(name, config, data, device, number, trust_code)
+        _Bench.of(name, config, data, device, phase, trust_code)
         for name, config in cases
-        for number in range(len(STAGES.get(config.method, WHOLE)))
+        for phase in phases(config)
+        if (phase.epochs > 0.0 if whole else phase.part == FULL)
     ]
     layouts = _layouts(benches[0].run)
     for bench in benches:
-        progress(f"warming up {bench.name}")
+        progress(f"warming up {bench.title}")
         for _ in range(WARM_UP):
             bench.step()
         bench.peak = _peak_bytes(bench.step, device)
@@ -167,6 +138,7 @@ class _Bench:
     """One case between its steps."""
 
     name: str
+    phase: Phase
     run: Run
     noise: torch.Generator
     draws: torch.Generator
@@ -179,14 +151,13 @@ class _Bench:
     peak: int = 0
 
     @staticmethod
-    def of(name: str, config: RunConfig, data: DataSet, device: str, stage: int, trust_code: bool) -> _Bench:
+    def of(name: str, config: RunConfig, data: DataSet, device: str, phase: Phase, trust_code: bool) -> _Bench:
         run = start(config, data, None, None, Alone(), trust_code, device)
-        for _ in range(stage):
+        for _ in range(phase.number):
             run.enter_next_stage()
-        name = f"{name} {run.stage.name}".rstrip()
         noise = generator_for(config.seed, 0, "attack", device)
         latent = generator_for(config.seed, 0, "latent attack", device)
-        bench = _Bench(name, run, noise, generator_for(config.seed, 0, "members"), latent)
+        bench = _Bench(name, phase, run, noise, generator_for(config.seed, 0, "members"), latent)
         bench.seen = torch.empty(2, device=device)
         return bench
 
@@ -194,22 +165,29 @@ class _Bench:
         run, config = self.run, self.run.config
         size = run.batch_size
         noise = torch.rand((size, *run.graph.input_shape), generator=self.noise, device=run.images.device)
-        weight = config.standard_weight
+        ramped, final = self.phase.fraction, 1.0 if config.standard_weight is None else config.standard_weight
         step = Step(
             config, run.graph, run.network(), run.images[:size], run.labels[:size], noise=noise,
-            epsilon=config.training_epsilon, standard_weight=1.0 if weight is None else weight, progress=0.999,
+            epsilon=epsilon_at(ramped, config.train, config.training_epsilon),
+            standard_weight=standard_weight_at(ramped, config.train, final), progress=min(ramped, 0.999),
             index=self.index, generator=self.draws, memory=self.memory, workers=run.workers,
             latent_generator=self.latent, stage=run.stage.name, auxiliary=run.auxiliary,
         )  # fmt: skip
         update(run, step, config.learning_rate, self.seen)
         self.index += 1
 
+    @property
+    def title(self) -> str:
+        return " ".join(part for part in (self.name, self.phase.stage, self.phase.part) if part)
+
     def cost(self) -> StepCost:
         ratios = Spread.of([mine / plain for mine, plain in zip(self.times, self.forwards, strict=True)])
-        config = self.run.config
-        ideal = ideal_units(config, self.run.graph)
-        efficiency = None if ideal is None else ideal / ratios.median
-        return StepCost(self.name, config.attack_steps, tuple(self.times), ratios, ideal, efficiency, self.peak)
+        config, graph, params = self.run.config, self.run.graph, self.run.params
+        ideal = ideal_units(config, graph, params, self.phase)
+        return StepCost(
+            self.title, self.name, self.phase.epochs / config.train.epochs, config.attack_steps, tuple(self.times),
+            ratios, ideal, None if ideal is None else ideal / ratios.median, self.peak,
+        )  # fmt: skip
 
 
 def _layouts(run: Run) -> dict[str, Callable[[], None]]:

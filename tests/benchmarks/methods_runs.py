@@ -103,7 +103,9 @@ def _known(method: str) -> set[str]:
 
 
 def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, list[float]]:
-    """CPU seconds of a step of every setting that a method may take, measured in turns; stages by their shares.
+    """CPU seconds of the mean step of every setting that a method may take, measured in turns.
+
+    Stages, warm-up and ramp count by their shares of the epochs, as in ``search --dry-run``.
 
     Settings that differ only in rates and weights cost the same, and are measured once.
     """
@@ -117,12 +119,8 @@ def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, 
             names.setdefault(method, []).append(name)
             cases.setdefault(name, plan.config(method, setting, max(4, plan.epochs), 0))
     data = load(next(iter(cases.values())).data, ("train", "selection"))
-    measured = {cost.name: cost.seconds.median for cost in measure(list(cases.items()), data, repeats=7).steps}
-    found = {}
-    for name, config in cases.items():
-        shares = STAGE_SHARES.get(config.method, {"": 1.0})
-        mean = sum(share * measured[f"{name} {stage}".rstrip()] for stage, share in shares.items())
-        found[name] = mean / sum(shares.values())
+    costs = measure(list(cases.items()), data, repeats=7, whole=True)
+    found = {name: costs.of_training(name).median for name in cases}
     return {method: [found[name] for name in mine] for method, mine in names.items()}
 
 

@@ -228,7 +228,8 @@ def main() -> None:
         if number in done or number % shards != shard or time.monotonic() - begun > asked.seconds:
             continue
         config, since = space.configuration(values, number), time.process_time()
-        row = {"number": number, "values": values, "seed": config.seed, "epoch_cost": round(cost(config), 4)}
+        mean = cost(config)(config.train.epochs) / config.train.epochs
+        row = {"number": number, "values": values, "seed": config.seed, "epoch_cost": round(mean, 4)}
         if asked.sizes:
             row = {"number": number, **sized(space, config, data, asked.sizes)}
         else:

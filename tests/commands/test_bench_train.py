@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from cactus_ray import config
 from cactus_ray.cli import run
+from cactus_ray.commands.bench import STRATEGIES, BenchOptions, _cases
 
 
 def test_prints_every_method_with_its_efficiency(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,7 +21,9 @@ def test_prints_every_method_with_its_efficiency(capsys: pytest.CaptureFixture[s
     assert [step["ideal"] for step in printed["steps"]] == [9.0, 11.0, 13.0]
     assert all(len(step["turns"]) == 1 and step["seconds"]["median"] == step["turns"][0] for step in printed["steps"])
     assert run([*arguments, "--methods", "cactus"]) == 0
-    assert "single 1/4" in capsys.readouterr().out
+    printed_table = capsys.readouterr().out
+    assert "single/4" in printed_table
+    assert "progressive" not in printed_table
 
 
 def test_steps_are_compared_with_those_of_sabr_turn_by_turn(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,6 +38,30 @@ def test_steps_are_compared_with_those_of_sabr_turn_by_turn(capsys: pytest.Captu
         assert list(ratios["mtl_ibp", k].values()) == [expected[1], expected[0], expected[2]]
 
 
+def test_strategies_are_named_and_batch_norm_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "train", "--image", "1x8x8", "--batch-size", "8", "--repeats", "1", "--methods", "cactus"]
+    arguments += ["--attack-steps", "1"]
+    chosen = ["--strategies", "adaptive,awp-3", "--model", "cnn_small", "--width", "0.25", "--json"]
+    peaks = {}
+    for norm in ("--batch-norm", "--no-batch-norm"):
+        assert run([*arguments, *chosen, norm]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["settings"]["batch_norm"] is (norm == "--batch-norm")
+        assert [step["name"] for step in printed["steps"]] == ["cactus adaptive", "cactus awp-3"]
+        assert [step["ideal"] for step in printed["steps"]] == [38, 47]
+        peaks[norm] = [step["peak_bytes"] for step in printed["steps"]]
+    assert all(a > b for a, b in zip(peaks["--batch-norm"], peaks["--no-batch-norm"], strict=True))
+
+
+def test_all_strategies_and_kinds_of_perturbation_can_be_timed() -> None:
+    options = BenchOptions("mlp", 1.0, None, "1x8x8", 8, "cactus", "all", "1", 1, 1, "cpu")
+    assert [name for name, _ in _cases(options, (1, 8, 8))] == [f"cactus {name}" for name in STRATEGIES]
+    sets = [values["compression_set"]["strategy"] for values in STRATEGIES.values()]
+    kinds = [values.get("awp_kind", "ascent") for values in STRATEGIES.values() if "awp_radius" in values]
+    assert set(sets) == set(config.STRATEGIES)
+    assert set(kinds) == set(config.AWP_KINDS)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
@@ -41,6 +69,7 @@ def test_steps_are_compared_with_those_of_sabr_turn_by_turn(capsys: pytest.Captu
         ("--image", "2x28x28", "1 or 3 channels"),
         ("--attack-steps", "0", "whole numbers of at least 1"),
         ("--methods", "sabr,nothing", "separated by commas"),
+        ("--strategies", "single,pair", "all, or some of single, single/4"),
         ("--model", "vgg", "one of"),
     ],
 )

@@ -14,6 +14,7 @@ import yaml
 
 from cactus_ray import cli
 from cactus_ray.commands import estimate, search
+from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import load
 from cactus_ray.errors import UserError
 from cactus_ray.models import create
@@ -23,7 +24,9 @@ from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import Records, RunStore
 from cactus_ray.search.study import Study
+from cactus_ray.training import bench
 from cactus_ray.training.loop import train
+from cactus_ray.training.passes import estimated_units
 
 SPACE: dict[str, Any] = {
     "name": "tiny",
@@ -188,6 +191,7 @@ def test_a_dry_run_estimates_every_method_and_writes_nothing(
     assert found["verification"] > 0
     assert found["trials"] == 3
     assert 5e6 < found["disk_bytes"] < 6e6
+    assert found["upper_end"] is False
     assert not (tmp_path / "runs").exists()
 
 
@@ -204,6 +208,54 @@ def test_a_dry_run_says_that_rungs_do_not_apply_constraints(
         status, out, err = cactus_ray(capsys, "search", file, "--runs", tmp_path / "runs", "--dry-run")
         assert status == 0, err
         assert ("rungs compare trials without them" in out) is said
+
+
+def test_a_dry_run_of_an_own_network_with_halving_says_that_it_counts_whole_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "DRAWS", 1)
+    monkeypatch.setattr(estimate, "TURNS", 1)
+    monkeypatch.setattr(estimate, "STEPS", 1)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    own = {
+        **SPACE, "model": {"factory": "own_network:residual"}, "parameters": {"method": {"values": ["ibp"]}},
+        "search": {**SPACE["search"], "scheduler": {"name": "asha"}},
+    }  # fmt: skip
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(own))
+    arguments = ["search", file, "--runs", tmp_path / "runs", "--dry-run"]
+    status, _, err = cactus_ray(capsys, *arguments)
+    assert status == 2
+    assert "--trust-code" in err
+    status, out, err = cactus_ray(capsys, *arguments, "--trust-code")
+    assert status == 0, err
+    assert "every trial is counted as trained to its last epoch" in out
+    status, out, err = cactus_ray(capsys, *arguments, "--trust-code", "--json")
+    assert status == 0, err
+    assert json.loads(out)["upper_end"] is True
+
+
+def test_a_trial_is_priced_by_the_shares_of_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a step's seconds were its passes."""
+    space = parse_space({**SPACE, "parameters": {}}, "tiny.yaml")
+    data = load(space.data, ("train", "selection"))
+    train = {"epochs": 10, "batch_size": 64, "warmup": 0.1, "ramp": 0.4}
+    shared = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "threat": {"epsilon": 0.1}, "train": train}
+
+    def passes(call: Any, *rest: Any) -> float:
+        mine = getattr(call, "__self__", None)
+        return 1.0 if mine is None else estimated_units(mine.run.config, mine.run.graph, mine.run.params, mine.phase)
+
+    def seconds(**values: Any) -> float:
+        return estimate._training([parse(RunConfig, {**shared, **values})], data, space, False).median
+
+    monkeypatch.setattr(bench, "_timed", passes)
+    monkeypatch.setattr(estimate, "proxy_accuracies", lambda *rest: None)
+    steps = 2 * 10
+    assert seconds(method="sabr") == pytest.approx(steps * (0.1 * 3 + 0.9 * 11), abs=0.1)
+    assert seconds(method="staps", latent_steps=10) == pytest.approx(steps * (0.1 * 3 + 0.4 * 11 + 0.5 * 31), abs=0.1)
+    staged = seconds(method="c_sam", stage_shares=[5, 3, 2])
+    assert staged == pytest.approx(steps * (0.05 * 3 + 0.45 * 11 + 0.3 * 26 + 0.2 * 11), abs=0.1)
 
 
 def test_a_study_that_would_fill_the_disk_is_refused_with_the_numbers(

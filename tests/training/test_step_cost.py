@@ -6,24 +6,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from cactus_ray.bounds.graph import forward
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import DataSet
 from cactus_ray.models import create
-from cactus_ray.training.bench import _Alive, ideal_units, measure
+from cactus_ray.training.bench import Costs, Spread, StepCost, _Alive, _Bench, measure
+from cactus_ray.training.passes import FULL, RAMP, WARM_UP, Phase, estimated_units, ideal_units, phases
+
+FINAL = Phase()
 
 
-def config(model: str = "mlp", **values: Any) -> RunConfig:
+def config(model: str | dict[str, Any] = "mlp", **values: Any) -> RunConfig:
+    chosen = {"name": model, "width": 0.25} if isinstance(model, str) else model
     plain = {
-        "data": {"name": "digits"}, "model": {"name": model, "width": 0.25}, "threat": {"epsilon": 0.1},
+        "data": {"name": "digits"}, "model": chosen, "threat": {"epsilon": 0.1},
         "train": {"batch_size": 16}, **values,
     }  # fmt: skip
     return parse(RunConfig, plain)
 
 
-def units(**values: Any) -> float | None:
+def units(phase: Phase = FINAL, **values: Any) -> float | None:
     found = config(**values)
-    return ideal_units(found, create(found, (1, 28, 28), 10).graph)
+    network = create(found, (1, 28, 28), 10)
+    return ideal_units(found, network.graph, network.params, phase)
 
 
 def cactus(k: int, strategy: str, **values: Any) -> dict[str, Any]:
@@ -67,10 +74,107 @@ def cactus(k: int, strategy: str, **values: Any) -> dict[str, Any]:
         (cactus(1, "none", awp_radius=0.5, awp_steps=2), 38),
         (cactus(1, "single", awp_radius=0.5), 29),
         (cactus(1, "single", awp_radius=0.5, awp_member="pruned"), 29),
+        (cactus(1, "single", awp_radius=0.5, awp_member="pruned", awp_kind="noise"), 20),
+        (cactus(1, "none", awp_radius=0.5, awp_kind="rounding"), 20),
+        ({"method": "ibp", "standard_weight": 1.0}, 3),  # the certified loss never has a weight
     ],
 )
 def test_ideal_units_count_the_passes(values: dict[str, Any], expected: float | None) -> None:
     assert units(**values) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "phase", "expected"),
+    [
+        ({"method": "sabr"}, Phase(part=WARM_UP), 3),  # epsilon 0: the standard loss alone
+        ({"method": "sabr"}, Phase(part=RAMP), 11),
+        ({"method": "ibp", "train": {"regularizer": 0.5}}, Phase(part=WARM_UP), 9),
+        ({"method": "ibp", "train": {"regularizer": 0.5}}, Phase(part=RAMP), 9),  # it shares the loss's own box
+        ({"method": "ibp", "standard_weight": 0.0}, Phase(part=RAMP), 9),
+        ({"method": "taps"}, Phase(part=RAMP), 9),
+        ({"method": "staps"}, Phase(part=RAMP), 11),
+        ({"method": "crown_ibp"}, Phase(part=RAMP), 12),
+        ({"method": "awp"}, Phase(part=WARM_UP), 3),
+        (cactus(1, "single", awp_radius=0.5), Phase(part=WARM_UP), 6),
+        ({"method": "c_sam"}, Phase("pretrain"), 11),
+        ({"method": "c_sam"}, Phase("mask", 1), 26),
+        ({"method": "c_sam"}, Phase("finetune", 2), 11),
+        ({"method": "hydra"}, Phase("mask", 1), 11),
+        ({"method": "qa_ibp"}, Phase("quantised", 1), 11),
+        ({"method": "atmc"}, Phase("sparse", 1), 11),
+    ],
+)
+def test_phases_pass_differently(values: dict[str, Any], phase: Phase, expected: float) -> None:
+    assert units(phase, **values) == expected
+
+
+def test_the_products_of_atmc_count_once_per_batch() -> None:
+    found = config(method="atmc", model={"name": "mlp", "hidden": [64]}, train={"batch_size": 32})
+    network = create(found, (1, 28, 28), 10)
+    products, macs = 64 * 784 * 64 + 10 * 64 * 10, 64 * 784 + 10 * 64
+    for stage in ("factorised", "quantised"):
+        expected = 11 + 3 * products / (32 * macs)
+        assert ideal_units(found, network.graph, network.params, Phase(stage)) == pytest.approx(expected)
+
+
+def test_the_latent_attack_of_taps_is_a_guess() -> None:
+    for method, expected in (("taps", 9 + 2 * 4), ("staps", 11 + 2 * 4)):
+        found = config(method=method, latent_steps=4)
+        network = create(found, (1, 28, 28), 10)
+        assert estimated_units(found, network.graph, network.params) == expected
+
+
+def test_phases_share_the_epochs_as_training_does() -> None:
+    plain = config(method="sabr", train={"epochs": 10, "warmup": 0.05, "ramp": 0.25})
+    assert [(p.part, p.first, p.end) for p in phases(plain)] == [
+        (WARM_UP, 0, pytest.approx(0.5)), (RAMP, pytest.approx(0.5), pytest.approx(3)), (FULL, pytest.approx(3), 10),
+    ]  # fmt: skip
+    staged = config(method="c_sam", stage_shares=[2, 5, 3], train={"epochs": 20, "warmup": 0.0, "ramp": 1.0})
+    assert [(p.stage, p.part, p.first, p.end) for p in phases(staged)] == [
+        ("pretrain", RAMP, 0, 4), ("pretrain", FULL, 4, 4), ("mask", FULL, 4, 14), ("finetune", FULL, 14, 20),
+    ]  # fmt: skip
+
+
+IMAGES = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+SPLITS = ("train", "selection")
+RANDOM = DataSet(
+    "random", tuple("0123456789"), dict.fromkeys(SPLITS, IMAGES), dict.fromkeys(SPLITS, torch.arange(16) % 10), {}
+)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "sabr"}, {"method": "ibp", "standard_weight": 0.0}, {"method": "pgd"}, {"method": "cc_ibp"},
+        {"method": "crown_ibp"}, {"method": "taps"}, {"method": "staps"}, {"method": "hydra"}, {"method": "nrsloss"},
+        {"method": "nrsloss", "certified_loss": "pgd"}, {"method": "qa_ibp"}, {"method": "awp"}, {"method": "atmc"},
+        {"method": "c_sam"}, {"method": "c_sam", "certified_loss": "ibp"}, {"method": "ibp", "model": "norm"},
+        {"method": "ibp", "train": {"regularizer": 0.5}}, cactus(1, "triple", set={"member_fraction": 0.5}),
+        cactus(1, "single", awp_radius=0.5), cactus(1, "none", awp_radius=0.5, awp_steps=2),
+        cactus(1, "single", awp_radius=0.5, awp_member="pruned", awp_steps=2),
+        cactus(1, "single", awp_radius=0.5, awp_member="pruned", awp_kind="noise"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_counted_passes_are_those_that_a_step_makes(values: dict[str, Any]) -> None:
+    """In floating-point operations; what is counted and not made is a gradient of the images, in every backward."""
+    models = {"norm": {"name": "cnn5", "width": 0.25, "batch_norm": True}}
+    model = models.get(values.get("model", ""), {"name": "cnn5", "width": 0.25})
+    train = {"batch_size": 16, "epochs": 8, "warmup": 0.1, "ramp": 0.2, **values.get("train", {})}
+    found = config(**{**values, "model": model, "train": train})
+    for phase in phases(found):
+        bench = _Bench.of("step", found, RANDOM, "cpu", phase, False)
+        bench.step()  # from now on masks are kept, and the optimiser has its state
+        graph, params = bench.run.graph, {name: tensor.detach() for name, tensor in bench.run.params.items()}
+        plain, made = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with plain:
+            forward(graph, params, IMAGES)
+        with made:
+            bench.step()
+        counted = ideal_units(found, graph, params, phase)
+        if counted is not None:
+            passes = made.get_total_flops() / plain.get_total_flops()
+            assert 0.9 * counted < passes <= counted * 1.001, phase
 
 
 def test_measure_times_every_case_beside_the_forward() -> None:
@@ -91,6 +195,28 @@ def test_measure_times_every_case_beside_the_forward() -> None:
         assert step.forwards.low <= step.forwards.median <= step.forwards.high
         # weights, their gradients and Adam's two moments at least
         assert step.peak_bytes > 4 * 4 * 64 * 32
+
+
+def test_a_whole_training_is_measured_phase_by_phase() -> None:
+    cases = [
+        ("staps", config(method="staps", train={"batch_size": 16, "epochs": 10, "warmup": 0.1, "ramp": 0.3})),
+        ("c_sam", config(method="c_sam", train={"batch_size": 16, "epochs": 10, "warmup": 0.0, "ramp": 1.0},
+                         stage_shares=[2, 5, 3])),
+    ]  # fmt: skip
+    found = measure(cases, RANDOM, repeats=1, steps=1, whole=True)
+    assert [(step.case, step.name, pytest.approx(step.share)) for step in found.steps] == [
+        ("staps", "staps warm-up", 0.1), ("staps", "staps ramp", 0.3), ("staps", "staps", 0.6),
+        ("c_sam", "c_sam pretrain ramp", 0.2), ("c_sam", "c_sam mask", 0.5), ("c_sam", "c_sam finetune", 0.3),
+    ]  # fmt: skip
+    assert [step.ideal for step in found.steps] == [3, 11, None, 11, 26, 11]
+
+
+def test_the_mean_step_of_a_training_weighs_its_phases() -> None:
+    def step(case: str, share: float, *turns: float) -> StepCost:
+        return StepCost(case, case, share, None, turns, Spread(1, 1, 1), None, None, 0)
+
+    steps = (step("a", 0.25, 4.0, 8.0, 4.0), step("a", 0.75, 8.0, 4.0, 12.0), step("b", 1.0, 1.0, 1.0, 1.0))
+    assert Costs(Spread(1, 1, 1), "contiguous", steps).of_training("a") == Spread(7.0, 5.0, 10.0)
 
 
 def test_peak_counts_what_is_alive_and_not_what_is_gone() -> None:

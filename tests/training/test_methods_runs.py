@@ -1,0 +1,49 @@
+"""The benchmark of methods: epochs that cost the same."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cactus_ray.training import bench
+from cactus_ray.training.passes import estimated_units
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "methods_runs.py"
+
+
+@pytest.fixture(scope="module")
+def runs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("methods_runs", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_epochs_cost_the_same_over_warm_up_ramp_and_stages(runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a step's seconds were its passes."""
+
+    def passes(call: Any, *rest: Any) -> float:
+        mine = getattr(call, "__self__", None)
+        return 1.0 if mine is None else estimated_units(mine.run.config, mine.run.graph, mine.run.params, mine.phase)
+
+    monkeypatch.setattr(bench, "_timed", passes)
+    plan = runs.Plan.of("digits", None, 40, False, 64)
+    costs = runs.step_seconds(plan, ["sabr", "taps", "crown_ibp", "c_sam"], ["sabr"])
+    # warm-up 0.02, ramp 0.3; c_sam pretrains a quarter of the epochs and searches its mask in half of them
+    whole = {
+        "sabr": 0.02 * 3 + 0.98 * 11,
+        "taps": 0.02 * 3 + 0.3 * 9 + 0.68 * 29,
+        "crown_ibp": 0.02 * 3 + 0.3 * 12 + 0.68 * 9,
+        "c_sam": 0.25 * (0.02 * 3 + 0.98 * 11) + 0.5 * 26 + 0.25 * 11,
+    }
+    assert {method: found[0] for method, found in costs.items()} == pytest.approx(whole)
+    assert len(costs["sabr"]) == 6
+    assert {method: runs.epochs_of(plan, costs, method, 0) for method in whole} == {
+        "sabr": 40, "taps": 19, "crown_ibp": 44, "c_sam": 23,
+    }  # fmt: skip
