@@ -240,7 +240,13 @@ def report(run: Run, as_json: Json = False) -> None:
 
 @app.command()
 def pick(
-    run: Run,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run, such as runs/digits; or a network file (.safetensors), with --level.",
+            show_default=False,
+        ),
+    ],
     to: Annotated[Path, typer.Option("--out", help="Folder for model.onnx, certificate.json and card.md.")],
     max_bytes: Annotated[str | None, typer.Option(help="Largest file, such as 40k (k = 1,000 bytes).")] = None,
     min_certified: Annotated[str | None, typer.Option(help="Least certified accuracy, such as 0.8 or 80%.")] = None,
@@ -258,7 +264,10 @@ def pick(
     family_zeros: FamilyZeros = None,
     as_json: Json = False,
 ) -> None:
-    """Choose a network on the selection split, write its file, and certify that file on the test split."""
+    """Choose a network on the selection split, write its file, and certify that file on the test split.
+
+    Of a network file, as train writes it, the level is written and certified; there is nothing to choose.
+    """
     from cactus_ray.commands.families import FamilyOptions
     from cactus_ray.commands.pick import pick as run_pick
     from cactus_ray.deploy.requirements import Requirements
@@ -319,7 +328,7 @@ def verify(
     data: Annotated[str | None, typer.Option(help="Data set; default: the one it was trained on.")] = None,
     root: Root = None,
     split: Annotated[str, typer.Option(help="train, selection or test.")] = "test",
-    epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1.")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, or several: 0.05,0.1 or 8/255.")] = None,
     levels: Annotated[str | None, typer.Option(help="Levels of a network file, separated by commas.")] = None,
     samples: Samples = None,
     bound: Bound = None,

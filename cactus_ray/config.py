@@ -29,6 +29,8 @@ STRATEGIES = ("none", "single", "triple", "random", "fixed", "dense", "progressi
 PRUNE_FAMILIES = tuple(f"{g}{s}-{n}" for g in "gl" for s in "us" for n in ("l1", "l2", "grad"))
 AWP_UNITS = ("step", "std", "absolute", "relative", "int6", "int5", "int4", "int3", "ternary")
 AWP_KINDS = ("ascent", "noise", "rounding")
+STORED_BITS = (2, 3, 4, 5, 6, 8)
+"""Widths of a weight for which there are levels: ``ternary``, ``int3`` to ``int8``, and codebooks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class ThreatConfig:
     """The set of inputs against which robustness is certified: a ball clipped to the domain."""
 
     norm: str = setting("linf", doc="norm of the perturbation", choices=("linf",))
-    epsilon: float = setting(doc="radius in units of the image domain", minimum=0.0, maximum=1.0)
+    epsilon: float = setting(doc="radius in units of the image domain", minimum=0.0, maximum=1.0, fraction=True)
     domain: tuple[float, float] = setting((0.0, 1.0), doc="smallest and largest pixel value")
 
 
@@ -224,12 +226,12 @@ class RunConfig:
         None, doc="c_sam: tau, share of a layer's soft masks that start at 1", exclusive_minimum=0.0, maximum=1.0
     )
     nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
-    weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", minimum=2, maximum=8)
+    weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", choices=STORED_BITS)
     awp_gamma: float | None = setting(
         None, doc="awp: l2 norm of the weight perturbation / that of the tensor", minimum=0.0, exclusive_maximum=1.0
     )
     codebook_bits: int | None = setting(
-        None, doc="atmc: bits of the codebooks to which U, V and C are drawn", minimum=2, maximum=8
+        None, doc="atmc: bits of the codebooks to which U, V and C are drawn", choices=STORED_BITS
     )
     admm_weight: float | None = setting(None, doc="atmc: rho, how strongly they are drawn", minimum=0.0)
     admm_every: int | None = setting(None, doc="atmc: steps between two codebooks", minimum=1, maximum=10_000)

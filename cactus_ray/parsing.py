@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,13 +17,16 @@ from typing import Any
 from cactus_ray.errors import ConfigError
 
 T = typing.TypeVar("T")
+FRACTION = r"\d+/[1-9]\d*"
+"""Of pixel values, as everybody writes them: 8/255."""
 _hints = functools.cache(typing.get_type_hints)  # annotations are texts, and putting them into types takes milliseconds
 
 
-def setting(default: Any = MISSING, *, doc: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
+def setting(default: Any = MISSING, *, doc: str, choices: tuple[str | int, ...] = (), **limits: Any) -> Any:
     """A field with its allowed values.
 
-    ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum; ``word``: text that stands for None.
+    ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum; ``word``: text that stands for None;
+    ``fraction``: a number may also be written as text such as 8/255.
     """
     metadata = {"doc": doc, "choices": choices, **limits}
     if isinstance(default, list | dict):
@@ -83,6 +87,9 @@ def convert(hint: Any, value: Any, metadata: Mapping[str, Any], path: str) -> An
         return tuple(convert(arguments[0], v, metadata, f"{path}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if metadata.get("fraction") and isinstance(value, str) and re.fullmatch(FRACTION, value):
+        above, below = value.split("/")
+        value = int(above) / int(below)
     if type(value) is not hint:
         raise ConfigError(path, value, describe(hint, metadata))
     if metadata.get("choices") and value not in metadata["choices"]:
@@ -105,7 +112,7 @@ def _in_range(value: float, limits: Mapping[str, Any]) -> bool:
 def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What would be right, in words: "a finite number in (0.0, 1.0]" or "one of adam, sgd"."""
     if metadata.get("choices"):
-        return f"one of {', '.join(metadata['choices'])}"
+        return f"one of {', '.join(map(str, metadata['choices']))}"
     if hint not in (int, float):
         return {str: "text", bool: "true or false"}.get(hint, str(hint))
     low, high = metadata.get("minimum"), metadata.get("maximum")
@@ -114,7 +121,8 @@ def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
     limited = any(k in metadata for k in ("minimum", "maximum", "exclusive_minimum", "exclusive_maximum"))
     word = f"{metadata['word']} or " if "word" in metadata else ""
     kind = "a whole number" if hint is int else "a finite number"
-    return f"{word}{kind}{f' in {low_text}, {high_text}' if limited else ''}"
+    fraction = ", or a fraction such as 8/255" if metadata.get("fraction") else ""
+    return f"{word}{kind}{f' in {low_text}, {high_text}' if limited else ''}{fraction}"
 
 
 def _join(path: str, key: object) -> str:

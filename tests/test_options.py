@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cactus_ray.config import CERTIFIED_LOSSES, METHODS, RunConfig, parse
+from cactus_ray.config import CERTIFIED_LOSSES, METHODS, STORED_BITS, RunConfig, parse
 from cactus_ray.errors import ConfigError
 from cactus_ray.options import LOSS_OPTIONS, METHOD_KEYS, METHOD_OPTIONS, STAGE_SHARES, options_of
 
@@ -64,6 +64,14 @@ def test_stages_are_options_of_their_methods() -> None:
         config("hydra", None, stage_shares=[1, 0, 1])
     with pytest.raises(ConfigError, match=r"train.epochs: got 2; expected at least 3, one for each stage of hydra"):
         config("hydra", None, train={"epochs": 2})
+
+
+@pytest.mark.parametrize(("method", "key"), [("qa_ibp", "weight_bits"), ("atmc", "codebook_bits")])
+def test_widths_without_a_level_are_refused(method: str, key: str) -> None:
+    assert [getattr(config(method, None, **{key: bits}), key) for bits in STORED_BITS] == list(STORED_BITS)
+    for bits in (1, 7, 9):
+        with pytest.raises(ConfigError, match=rf"{key}: got {bits}; expected one of 2, 3, 4, 5, 6, 8"):
+            config(method, None, **{key: bits})
 
 
 def test_defaults_depend_on_the_loss_also_inside_cactus() -> None:

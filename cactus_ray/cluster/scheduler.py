@@ -16,6 +16,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from cactus_ray.search.halving import Decision, Halving, Rules
 from cactus_ray.search.objectives import Constraint
 
+__all__ = ["Constraint", "MultiObjectiveASHA"]
+
 _GOALS = {"max": "maximize", "min": "minimize"}
 
 
@@ -25,8 +27,10 @@ class MultiObjectiveASHA(FIFOScheduler):  # type: ignore[misc]
     ``metrics`` and ``goals`` ("maximize" or "max", "minimize" or "min") go together; ``time_attr``, ``max_t``,
     ``grace_period`` (the first rung) and ``reduction_factor`` mean what they mean in Ray's ASHAScheduler, whose
     arguments these are; ``max_t=None`` ends no trial. ``ranking``: hypervolume, crowding or epsilon_net, within a
-    front. ``constraints``: infeasible trials rank behind feasible ones. ``promote``: refused, because trials of others
-    can only be stopped; those of a study wait. The rest: ``search.halving.Halving``.
+    front. ``constraints``, such as ``Constraint("latency", max=20.0)``: on metrics as results have them at a rung, so
+    on what training does not mend. A trial that breaks one ranks behind all that keep them, and among its like by
+    the sum of what it breaks them by; where all do, the best share of these goes on. ``promote``: refused, because
+    trials of others can only be stopped; those of a study wait. The rest: ``search.halving.Halving``.
 
     A result without ``time_attr`` is passed over; a rung that sees a metric missing or not finite ranks the trial last.
     Give no ``metric`` and no ``mode`` to TuneConfig, and set TUNE_DISABLE_STRICT_METRIC_CHECKING=1 where results may

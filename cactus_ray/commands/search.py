@@ -116,6 +116,9 @@ def dry_run(console: Console, space: Space, options: SearchOptions, *, as_json: 
     data, untrained = prepared(space, options)
     found = estimate(space, data, untrained, options.run, options.driver)
     print_estimate(console, found, as_json=as_json)
+    if space.constraints and space.search.scheduler.name != "none" and not as_json:
+        text = "constraints guide the sampler and mark trials; rungs compare trials without them"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _digest(init: bytes | None) -> str | None:

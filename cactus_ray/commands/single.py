@@ -193,10 +193,12 @@ def _radii(text: str | None, threat: ThreatConfig | None) -> list[float]:
         if threat is None:
             raise UserError("--epsilon: an ONNX file does not say which radius; give one, such as --epsilon 0.1")
         return [threat.epsilon]
+    parts = [part.strip() for part in text.split(",")]
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [part if "/" in part else float(part) for part in parts]
     except ValueError:
-        raise ConfigError("--epsilon", text, "a number or several separated by commas, such as 0.05,0.1") from None
+        expected = "a number or several separated by commas, such as 0.05,0.1 or 8/255"
+        raise ConfigError("--epsilon", text, expected) from None
     return [parse(ThreatConfig, {"epsilon": value}, "--epsilon").epsilon for value in values]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
-from cactus_ray.config import PRUNE_FAMILIES
+from cactus_ray.config import PRUNE_FAMILIES, STORED_BITS
 from cactus_ray.errors import ConfigError
 
 INTEGER_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3, "ternary": 2}
@@ -25,7 +25,7 @@ _AFFINE = ("int8", "int6", "int5", "int4", "int3", "int2")  # of 2 bits, it has 
 _BITS = INTEGER_BITS | {"int2": 2}
 INTEGER_INFERENCE = "w8a8"
 _SYMMETRIC = (*INTEGER_BITS, *(f"{name}:tensor" for name in INTEGER_BITS))
-_CODEBOOK_BITS = {f"codebook:{bits}": bits for bits in (8, 6, 5, 4, 3, 2)}
+_CODEBOOK_BITS = {f"codebook:{bits}": bits for bits in reversed(STORED_BITS)}
 FORMATS = (
     "fp16", "bf16", *_SYMMETRIC,
     *(f"{name}{scales}:affine" for scales in ("", ":tensor") for name in _AFFINE),

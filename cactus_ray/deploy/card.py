@@ -156,8 +156,9 @@ def _origin(document: Document) -> str:
     ) if value is not None]  # fmt: skip
     if provenance.test_split_uses is not None:
         lines.append(
-            f"- this was use {provenance.test_split_uses} of the test split of that run; with every further use its "
-            "figures say less about new data"
+            f"- this was use {provenance.test_split_uses} of the test split of that "
+            f"{'network file' if provenance.trial is None else 'run'}; with every further use its figures say less "
+            "about new data"
         )
     settings = ", ".join(f"{key} {value}" for key, value in document.engine.settings.items())
     lines.append(f"- engine: {document.engine.name} {document.engine.version} ({settings})")

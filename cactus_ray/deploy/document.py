@@ -146,7 +146,7 @@ class Provenance:
     trial: str | None = setting(None, doc="trial")
     config_hash: str | None = setting(None, doc="identity of the trial's configuration")
     commit: str | None = setting(None, doc="commit of the code that trained")
-    test_split_uses: int | None = setting(None, doc="reads of the test split by picks of this run", minimum=1)
+    test_split_uses: int | None = setting(None, doc="reads of the test split by picks of this run or file", minimum=1)
     selection: Summary | None = setting(None, doc="figures on the selection split, on which the choice was made")
     requirements: Requirements | None = setting(None, doc="what was required")
     not_met: tuple[str, ...] | None = setting(None, doc="requirements that the figures of this split miss")

@@ -1,7 +1,8 @@
 """From a run to a folder that can be deployed: choose, write the file, certify that file, say how it went.
 
 The order matters: the choice is made on the selection split; then the test split is read once, for the chosen network
-alone, and that use is recorded beside the run. Whatever the test split says, no other network is tried.
+alone, and that use is recorded beside the run. Whatever the test split says, no other network is tried. Where the
+network is a file of its own, there is nothing to choose, and the use is recorded beside the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from cactus_ray.compression.family import Family
-from cactus_ray.config import RunConfig, parse
+from cactus_ray.config import DataConfig, RunConfig, parse
 from cactus_ray.deploy import certificate as certify
 from cactus_ray.deploy import document as doc
 from cactus_ray.deploy.card import render
@@ -26,6 +27,7 @@ from cactus_ray.deploy.pick import Choice, Point, choose
 from cactus_ray.deploy.requirements import COLUMNS, Requirements, option, show, unmet
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack, unpack
+from cactus_ray.models.network import load as load_network
 from cactus_ray.search.evaluate import LevelNetwork, at_level
 from cactus_ray.search.space import load_space
 from cactus_ray.search.store import Records, TrialRecord, read_records
@@ -41,12 +43,13 @@ class PickResult:
     """What was chosen, what the test split says of it, and where the files are.
 
     ``not_met``: requirements that the figures of the test split miss; the files are written all the same and say so.
+    ``choice`` and ``selection`` are None where the network is a file of its own.
     """
 
-    choice: Choice
+    choice: Choice | None
     folder: Path
     document: doc.Document
-    selection: doc.Summary
+    selection: doc.Summary | None
     not_met: tuple[str, ...]
 
     @property
@@ -55,25 +58,29 @@ class PickResult:
 
     def lines(self) -> list[str]:
         """What the user is told, one sentence each."""
-        found = self.choice.lines()
+        network = self.document.network
+        of_file = f"{network.model} at {network.level}: {self.document.file.bytes:,} bytes"
+        found = [of_file] if self.choice is None else self.choice.lines()
         for split, summary in (("selection", self.selection), (self.document.data.split, self.document.summary)):
-            found.append(f"{split} split: {doc.sentence(summary)}")
+            found += [] if summary is None else [f"{split} split: {doc.sentence(summary)}"]
         if (whole := self.document.family) is not None:
             found.append(f"{self.document.data.split} split, {whole.members}: {doc.sentence(whole.summary)}")
         figures = doc.measured(self.document)
-        limits = self.choice.requirements.limits()
+        limits = {} if self.choice is None else self.choice.requirements.limits()
         found += [
             f"not met on the {self.document.data.split} split: {option(key)} {show(key, limits[key])} "
             f"(here {show(key, figures[COLUMNS[key]])})"
             for key in self.not_met
         ]
         uses = self.document.provenance.test_split_uses
-        return [*found, f"use {uses} of the test split of this run", f"written to {self.folder}"]
+        of = "network file" if self.choice is None else "run"
+        return [*found, f"use {uses} of the test split of this {of}", f"written to {self.folder}"]
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "choice": self.choice.to_json(), "folder": str(self.folder), "met": self.met, "not_met": list(self.not_met),
-            "selection": asdict(self.selection), self.document.data.split: asdict(self.document.summary),
+            "choice": self.choice and self.choice.to_json(), "folder": str(self.folder), "met": self.met,
+            "not_met": list(self.not_met), "selection": self.selection and asdict(self.selection),
+            self.document.data.split: asdict(self.document.summary),
             "bytes": self.document.file.bytes, "sha256": self.document.file.sha256,
             **({"family": asdict(whole.summary)} if (whole := self.document.family) is not None else {}),
             "test_split_uses": self.document.provenance.test_split_uses,
@@ -105,42 +112,99 @@ def pick(
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
     around = None if family is None else family(level)
     config = parse(RunConfig, trial.config)
-    data = config.data if root is None else replace(config.data, root=root)
-    network = _checkpoint(run, trial)
-    deployed = at_level(network, level, data, config.threat.domain)
-    _same_size(deployed.file, choice.point)
-    dense = len(at_level(network, "dense", data, config.threat.domain).file)
+    subject = _Subject.of(_checkpoint(run, trial), config, level, root)
+    _same_size(subject.deployed.file, choice.point)
     if settings is None:
         settings = load_space(run / "space.yaml").verification
-    uses = record_use(run, trial.id, level, deployed.file, samples)
-    found = certify.certify_file(
-        deployed.file, data, "test", config.threat, settings, samples=samples, progress=progress
-    )
-    _same_weights(deployed, found)
-    whole = None
-    if around is not None:
-        whole = certify.family_section(certify.certify_file(
-            deployed.file, data, "test", config.threat, settings, samples=samples, progress=progress, family=around
-        ), around)  # fmt: skip
+    uses = record_use(run / USES, trial.id, level, subject.deployed.file, samples)
     selection = selection_figures(choice.point)
     provenance = doc.Provenance(
         study=records.study.get("name"), trial=trial.id, config_hash=trial.config_hash,
         commit=records.study.get("commit"), test_split_uses=uses,
         selection=selection, requirements=requirements,
     )  # fmt: skip
+    document = _certified(subject, provenance, out, settings, around, samples=samples, progress=progress)
+    return PickResult(choice, out, document, selection, document.provenance.not_met or ())
+
+
+def pick_file(
+    file: Path,
+    level: str,
+    out: Path,
+    *,
+    samples: int | None = None,
+    settings: VerificationSettings | None = None,
+    root: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    family: Callable[[str], Family] | None = None,
+) -> PickResult:
+    """The same for one network file, as ``train`` writes it, at one level: nothing is chosen, so nothing is required.
+
+    ``settings``: default, those of a search space that says nothing. Uses of the test split are recorded and counted
+    in a file beside the network. Raises UserError for a file that cannot be read or does not say on what and against
+    what it was trained.
+    """
+    refuse_foreign(out)
+    network = load_network(file)
+    if network.config is None:
+        raise UserError(f"{file}: does not say on what and against what it was trained; expected a file of train")
+    around = None if family is None else family(level)
+    subject = _Subject.of(network, network.config, level, root)
+    uses = record_use(file.with_suffix(f".{USES}"), None, level, subject.deployed.file, samples)
+    provenance = doc.Provenance(config_hash=network.config.config_hash, test_split_uses=uses)
+    document = _certified(
+        subject, provenance, out, settings or VerificationSettings(), around, samples=samples, progress=progress
+    )
+    return PickResult(None, out, document, None, ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """The one network that is certified and written; ``dense_bytes``: of its file without compression."""
+
+    config: RunConfig
+    data: DataConfig
+    level: str
+    deployed: LevelNetwork
+    dense_bytes: int
+
+    @staticmethod
+    def of(network: Network, config: RunConfig, level: str, root: str | None) -> _Subject:
+        data = config.data if root is None else replace(config.data, root=root)
+        deployed = at_level(network, level, data, config.threat.domain)
+        dense = len(at_level(network, "dense", data, config.threat.domain).file)
+        return _Subject(config, data, level, deployed, dense)
+
+
+def _certified(
+    subject: _Subject, provenance: doc.Provenance, out: Path, settings: VerificationSettings, around: Family | None, *,
+    samples: int | None, progress: Callable[[str, int, int], None] | None,
+) -> doc.Document:  # fmt: skip
+    """Reads the test split, certifies the file on it, compares with the requirements, and writes the folder."""
+    file, config = subject.deployed.file, subject.config
+    asked = file, subject.data, "test", config.threat, settings
+    found = certify.certify_file(*asked, samples=samples, progress=progress)
+    _same_weights(subject.deployed, found)
+    whole = None
+    if around is not None:
+        of_all = certify.certify_file(*asked, samples=samples, progress=progress, family=around)
+        whole = certify.family_section(of_all, around)
     name = config.model.name or str(config.model.factory)
-    document = replace(certify.document(found, name, level, provenance, dense_bytes=dense), family=whole)
-    not_met = tuple(unmet(doc.measured(document), requirements))
-    document = replace(document, provenance=replace(provenance, not_met=not_met))
-    compressed = Network(found.graph, found.params, config, found.class_names, {"trial": trial.id, "level": level})
+    document = certify.document(found, name, subject.level, provenance, dense_bytes=subject.dense_bytes)
+    if provenance.requirements is not None:
+        not_met = tuple(unmet(doc.measured(document), provenance.requirements))
+        document = replace(document, provenance=replace(provenance, not_met=not_met))
+    document = replace(document, family=whole)
+    origin = {"level": subject.level} | ({"trial": provenance.trial} if provenance.trial is not None else {})
+    compressed = Network(found.graph, found.params, config, found.class_names, origin)
     write_folder(
         out,
         {
-            "model.onnx": deployed.file, "model.safetensors": pack(compressed),
+            "model.onnx": file, "model.safetensors": pack(compressed),
             "card.md": render(document).encode(), doc.NAME: doc.to_json(document).encode(),
         },
     )  # fmt: skip
-    return PickResult(choice, out, document, selection, not_met)
+    return document
 
 
 def selection_figures(point: Point) -> doc.Summary:
@@ -202,16 +266,15 @@ def _same_weights(deployed: LevelNetwork, found: certify.Certification) -> None:
 # --- the test split is read once per pick --------------------------------------------------------------------------
 
 
-def record_use(run: Path, trial: str, level: str, file: bytes, samples: int | None) -> int:
-    """Append a use of the test split to the run *before* the split is read; returns how many there are now.
+def record_use(path: Path, trial: str | None, level: str, file: bytes, samples: int | None) -> int:
+    """Append a use of the test split to ``path`` *before* the split is read; returns how many there are now.
 
-    Raises UserError where the run cannot be written to: an unrecorded use is not made.
+    Raises UserError where it cannot be written: an unrecorded use is not made.
     """
     entry = {
         "time": time.time(), "verb": "pick", "trial": trial, "level": level, "samples": samples,
         "sha256": hashlib.sha256(file).hexdigest(),
     }  # fmt: skip
-    path = run / USES
     try:
         with path.open("a+b") as stream:
             stream.write(json.dumps(entry).encode() + b"\n")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from cactus_ray.config import RunConfig
-from cactus_ray.search.in_flight import Kept, kept_state
+from cactus_ray.search.in_flight import Kept, States
 from cactus_ray.search.records import Records
 
 DEATHS = 3
@@ -18,9 +17,9 @@ logger = logging.getLogger(__name__)
 class Attempts:
     """Follows the attempts at every trial of a run, over all its drivers."""
 
-    def __init__(self, run: Path, records: Records) -> None:
+    def __init__(self, states: States, records: Records) -> None:
         trials = records.trials.values()
-        self.run = run
+        self.states = states
         self.reached = {t.id: max((int(e["epoch"]) for e in t.epochs), default=0) for t in trials}
         self.deaths = {t.id: dict(t.deaths) for t in trials}
         self.lacks = {t.id: t.lacks for t in trials}
@@ -29,7 +28,7 @@ class Attempts:
 
     def next(self, trial: str, config: RunConfig) -> tuple[Kept, int]:
         """The state from which the next process goes on, and its number from 1. What cannot be used is said."""
-        kept = kept_state(self.run, trial, config)
+        kept = self.states.kept(trial, config)
         for note in kept.notes:
             logger.warning("%s: %s", trial, note)
         self.notes[trial] = kept.notes

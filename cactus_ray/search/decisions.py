@@ -17,6 +17,7 @@ from cactus_ray.search.ranking import RANKINGS
 class Rules:
     """What trials are compared by, and where. ``goals``: metric -> "maximize" | "minimize".
 
+    ``constraints``: on what is reported, as it is at a rung; those of a study are about its end, and not among them.
     ``first``: resource of the lowest rung; ``promote``: trials wait where they would be stopped; ``rest``: with nothing
     left to begin, those that wait go on, best first, whatever their share. Raises ValueError for anything that makes no
     sense.
@@ -40,6 +41,10 @@ class Rules:
             raise ValueError(f"reduction is {self.reduction!r}; expected a finite number above 1")
         if not (math.isfinite(self.first) and self.first > 0):
             raise ValueError(f"the first rung is at {self.first!r}; expected a finite number above 0")
+        for constraint in self.constraints:
+            ends = [end for end in (constraint.min, constraint.max) if end is not None]
+            if not (ends and ends[0] <= ends[-1]):  # nor NaN
+                raise ValueError(f"constraint on {constraint.metric}: got {constraint}; expected min <= max, or one")
         if self.ranking not in RANKINGS:
             raise ValueError(f"ranking is {self.ranking!r}; expected one of {', '.join(RANKINGS)}")
 

@@ -143,7 +143,7 @@ def parse_domain(spec: Mapping[str, Any], path: str, key: Key) -> Choices | Rang
 
 
 def _range(spec: Mapping[str, Any], path: str, key: Key) -> Range:
-    if key.hint not in (int, float):
+    if key.hint not in (int, float) or key.metadata.get("choices"):
         raise ConfigError(path, dict(spec), f"value or values: this key is {describe(key.hint, key.metadata)}")
     for end in ("min", "max"):
         if end not in spec:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cactus_ray.search.decisions import Decision, Rules, finite_or_none, rung_order
-from cactus_ray.search.ranking import Fronts, Indices, within_front
+from cactus_ray.search.ranking import Fronts, Order
 
 __all__ = ["Decision", "Halving", "Rules", "following", "replayed"]
 
@@ -36,7 +36,7 @@ class _Rung:
     """All reports to one rung: feasible ones, infeasible ones (by violation), and those with a value missing.
 
     ``numbers``: trial -> its number among the feasible; ``held``: by number, whether it stands here and does not go
-    on; ``orders``: of fronts, as long as they have the members for which they were worked out.
+    on; ``orders``: of fronts.
     """
 
     fronts: Fronts
@@ -45,7 +45,7 @@ class _Rung:
     violations: list[float] = field(default_factory=list)
     broken: int = 0
     held: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(16, dtype=np.bool_))
-    orders: dict[int, tuple[Indices, Indices]] = field(default_factory=dict)
+    orders: dict[int, Order] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -57,13 +57,11 @@ class _Rung:
         if number is not None:
             self.held[number] = held
 
-    def order(self, front: int, ranking: str) -> Indices:
-        """The numbers of a front's members, best first; they grow with the order of reports."""
-        members = np.sort(self.fronts.fronts[front])
-        known = self.orders.get(front)
-        if known is None or not np.array_equal(known[0], members):
-            known = self.orders[front] = members, members[within_front(self.fronts.rows[members], ranking)]
-        return known[1]
+    def order(self, front: int, ranking: str) -> Order:
+        """The order of a front's members as they are now."""
+        found = self.orders.get(front) or self.orders.setdefault(front, Order(ranking))
+        found.update(self.fronts, front)
+        return found
 
     def first(self, kept: int, ranking: str, waiting: Collection[str]) -> tuple[int, int] | None:
         """The number and the rank (from 1) of the first of the best so many that is held here and waits."""
@@ -72,9 +70,10 @@ class _Rung:
             if ahead >= kept:
                 break
             if self.held[members].any():
-                for rank, number in enumerate(self.order(front, ranking)[: kept - ahead], ahead + 1):
-                    if self.held[number] and self.trials[number] in waiting:
-                        return int(number), rank
+                best = self.order(front, ranking).best[: kept - ahead]
+                for place in np.flatnonzero(self.held[best]):
+                    if self.trials[best[place]] in waiting:
+                        return int(best[place]), ahead + int(place) + 1
             ahead += len(members)
         return None
 
@@ -117,8 +116,7 @@ class Halving:
         place = self._rungs.setdefault(rung, _Rung(Fronts(len(self.rules.goals) + 1)))
         front, rank = self._add(place, trial, values, progress)
         if front is not None:  # the newest has the highest number
-            order = place.order(front, self.rules.ranking)
-            rank += int(np.flatnonzero(order == place.fronts.count - 1)[0])
+            rank += place.order(front, self.rules.ranking).rank(place.fronts.count - 1) - 1
         of = place.count
         kept = self.rules.share(of)
         broken = any(value is None for value in values.values())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cactus_ray.config import RunConfig
 from cactus_ray.errors import UserError
-from cactus_ray.search.store import write_whole
+from cactus_ray.search.store import temporary, write_whole
 from cactus_ray.training.state import unpack_state
 
 FOLDER = "in_flight"
@@ -35,41 +35,57 @@ class Kept:
     notes: tuple[str, ...] = ()
 
 
-def keep_state(run: Path, trial: str, epoch: int, data: bytes) -> None:
-    """Keep the state of a trial, in place of an older one. It is whole on the disk before the older one goes."""
-    folder = run / FOLDER
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{trial}-{epoch}-{hashlib.sha256(data).hexdigest()}.safetensors"
-    write_whole(path, data)
-    for file in _files(run, trial):
-        if file != path:
-            file.unlink()
+class States:
+    """The states of a run's trials, for the one driver of the run.
 
+    The folder is listed once, since thousands may wait in it; from then on what is there is known from what was kept
+    and forgotten. Files that are not states are not touched.
+    """
 
-def kept_state(run: Path, trial: str, config: RunConfig) -> Kept:
-    """The furthest state of a trial from which training under ``config`` can go on."""
-    notes = []
-    mine = [file for file in _files(run, trial) if file.suffix == ".safetensors"]
-    for file in sorted(mine, key=lambda file: -_epoch(file)):
-        data = file.read_bytes()
-        if fault := _fault(file, data, config):
+    def __init__(self, run: Path) -> None:
+        self.folder = run / FOLDER
+        self.files: dict[str, set[Path]] = {}  # by trial, temporary ones among them
+        for name in os.listdir(self.folder) if self.folder.is_dir() else ():
+            if found := _NAME.fullmatch(name):
+                self.files.setdefault(found["trial"], set()).add(self.folder / name)
+
+    def keep(self, trial: str, epoch: int, data: bytes) -> None:
+        """Keep the state of a trial, in place of older ones. It is whole on the disk before the older ones go."""
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{trial}-{epoch}-{hashlib.sha256(data).hexdigest()}.safetensors"
+        older = self.files.get(trial, set()) - {path}
+        self.files[trial] = older | {path, temporary(path)}  # what may be there if this ends half way
+        write_whole(path, data)
+        for file in older:
+            file.unlink(missing_ok=True)
+        self.files[trial] = {path}
+
+    def kept(self, trial: str, config: RunConfig) -> Kept:
+        """The furthest state of a trial from which training under ``config`` can go on."""
+        notes: list[str] = []
+        mine = [file for file in self.files.get(trial, ()) if file.suffix == ".safetensors"]
+        for file in sorted(mine, key=lambda file: (-_epoch(file), file.name)):
+            data = file.read_bytes() if file.is_file() else None
+            fault = "it is not there" if data is None else _fault(file, data, config)
+            if fault is None:
+                return Kept(_epoch(file), data, tuple(notes))
             notes.append(f"{FOLDER}/{file.name} is passed over: {fault}")
-        else:
-            return Kept(_epoch(file), data, tuple(notes))
-    return Kept(notes=tuple(notes))
+        return Kept(notes=tuple(notes))
 
-
-def forget_states(run: Path, under_way: Collection[str]) -> None:
-    """Delete the states of all trials but those that are under way, and what a driver that died left half written."""
-    for file in _files(run):
-        if _trial(file) not in under_way or file.suffix == ".tmp":
+    def forget(self, trial: str) -> None:
+        """Delete the states of a trial that has ended."""
+        for file in self.files.pop(trial, ()):
             file.unlink(missing_ok=True)
 
-
-def forget_state(run: Path, trial: str) -> None:
-    """Delete the states of a trial that has ended."""
-    for file in _files(run, trial):
-        file.unlink(missing_ok=True)
+    def forget_others(self, under_way: Collection[str]) -> None:
+        """Delete the states of all trials but those under way, and what a driver that died left half written."""
+        for trial in self.files.keys() - set(under_way):
+            self.forget(trial)
+        for trial, files in self.files.items():
+            half = {file for file in files if file.suffix == ".tmp"}
+            for file in half:
+                file.unlink(missing_ok=True)
+            self.files[trial] = files - half
 
 
 def _fault(file: Path, data: bytes, config: RunConfig) -> str | None:
@@ -84,22 +100,6 @@ def _fault(file: Path, data: bytes, config: RunConfig) -> str | None:
     if state.epoch != _epoch(file) or state.epoch > config.train.epochs:
         return f"it is of epoch {state.epoch} of {config.train.epochs}"
     return None
-
-
-def _files(run: Path, trial: str | None = None) -> list[Path]:
-    """Files of ours, or of one trial, temporary ones among them; what else lies there is not touched."""
-    folder = run / FOLDER
-    names = os.listdir(folder) if folder.is_dir() else []
-    if trial is not None:  # many may wait, and looking closely at all of them takes long
-        names = [name for name in names if name.startswith((f"{trial}-", f".{trial}-"))]
-    files = [folder / name for name in names if _NAME.fullmatch(name)]
-    return [file for file in files if trial in (None, _trial(file))]
-
-
-def _trial(file: Path) -> str:
-    found = _NAME.fullmatch(file.name)
-    assert found is not None
-    return found["trial"]
 
 
 def _epoch(file: Path) -> int:

@@ -11,32 +11,96 @@ from typing import Any
 
 import numpy as np
 
+from cactus_ray.search.objectives import Constraint, feasible
 from cactus_ray.search.pareto import Array, Front, losses
+from cactus_ray.search.records import Records
 
 Point = Mapping[str, Any]
 
 
 class Rivals:
-    """The front of all complete trials: whoever is beaten by anybody is beaten by one of these."""
+    """The front of all complete trials, and that of those that keep all constraints: whoever is beaten by anybody there
+    is beaten by one of these.
 
-    def __init__(self, front: Mapping[str, str], points: Sequence[Point]) -> None:
-        self.leading = Front(front)
-        self.worst: dict[int, Array] = {}  # of a point on the front, by its id: its worst outcome as losses
-        self.add(points)
+    A trial that keeps them competes in both fronts, so its points are ruled out by those of the second alone; one that
+    breaks a constraint, whatever dear verification finds, competes in the first.
+    """
+
+    def __init__(self, front: Mapping[str, str], constraints: Sequence[Constraint] = ()) -> None:
+        self.constraints = tuple(constraints)
+        self.all = _Leading(front)
+        self.within = _Leading(front) if self.constraints else self.all
+
+    @staticmethod
+    def of_records(front: Mapping[str, str], constraints: Sequence[Constraint], records: Records) -> Rivals:
+        """Those among the complete trials of a run."""
+        rivals = Rivals(front, constraints)
+        rivals.all.add(records.points())
+        if rivals.constraints:
+            complete = (trial for trial in records.drawn() if trial.status == "completed")
+            rivals.within.add([point for trial in complete if rivals._kept(trial.metrics) for point in trial.points])
+        return rivals
+
+    def add(self, points: Sequence[Point], metrics: Mapping[str, float]) -> None:
+        """Take up the points of a trial that is complete, with its metrics."""
+        self.all.add(points)
+        if self.constraints and self._kept(metrics):
+            self.within.add(points)
+
+    def _kept(self, metrics: Mapping[str, float]) -> bool:
+        return all(violation <= 0 for violation in feasible(metrics, self.constraints).values())
+
+    def of(self, point: Point, curve: Sequence[Point]) -> Point | None:
+        """Who beats ``point`` for good, among these and the other points of its trial, whose ``curve`` it is part of.
+
+        None also where its open samples may decide whether its trial keeps a constraint.
+        """
+        kept = {c: standing(c, curve) for c in self.constraints}
+        if any(found is None and reads(c.metric, str(point["level"])) for c, found in kept.items()):
+            return None
+        siblings = [other for other in curve if other["level"] != point["level"]]
+        return (self.all if False in kept.values() else self.within).better(point, siblings)
+
+
+class _Leading:
+    """A front that grows, with the worst outcome of each of its points as losses, by its id."""
+
+    def __init__(self, front: Mapping[str, str]) -> None:
+        self.front = Front(front)
+        self.worst: dict[int, Array] = {}
 
     def add(self, points: Sequence[Point]) -> None:
-        """Take up the points of a trial that is complete."""
-        off = {id(point) for point in self.leading.add(points)}
+        off = {id(point) for point in self.front.add(points)}
         for gone in off:
             self.worst.pop(gone, None)
         on = [point for point in points if id(point) not in off]
-        self.worst |= zip(map(id, on), _worst(on, self.leading.front), strict=True)
+        self.worst |= zip(map(id, on), _worst(on, self.front.front), strict=True)
 
-    def of(self, point: Point, siblings: Sequence[Point]) -> Point | None:
-        """Who beats ``point`` for good, among these and the other points of its trial."""
-        front = self.leading.front
+    def better(self, point: Point, siblings: Sequence[Point]) -> Point | None:
+        front = self.front.front
         rows = [*self.worst.values(), *_worst(siblings, front)]
-        return _first_better(point, [*self.leading.points, *siblings], rows, front)
+        return _first_better(point, [*self.front.points, *siblings], rows, front)
+
+
+def standing(constraint: Constraint, points: Sequence[Point]) -> bool | None:
+    """Whether a trial with this curve keeps a constraint, whatever its open samples turn out to be; None where they
+    decide that. A hypervolume is taken to be open.
+    """
+    kind, _, level = constraint.metric.partition("@")
+    if kind == "hypervolume":
+        return None
+    read = [ends(p, kind.removeprefix("mean_")) for p in points if level in ("", p["level"])]
+    read = read[:1] if kind == "train_seconds" else read  # the same at every level
+    low, high = (sum(values) / len(read) for values in zip(*read, strict=True))  # as ``objectives.trial_metrics``
+    if constraint.violation(low) <= 0 and constraint.violation(high) <= 0:
+        return True
+    reachable = (constraint.max is None or low <= constraint.max) and (constraint.min is None or high >= constraint.min)
+    return None if reachable else False
+
+
+def reads(metric: str, level: str) -> bool:
+    """Whether a metric of a trial is about a level of it."""
+    return metric.partition("@")[2] in ("", level)
 
 
 def ends(point: Mapping[str, Any], column: str) -> tuple[float, float]:

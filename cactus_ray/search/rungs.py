@@ -126,7 +126,11 @@ def epoch_costs(reference: RunConfig, build: Callable[[RunConfig], Network]) -> 
 
 
 def rules_of(settings: SchedulerSettings, goals: Mapping[str, str]) -> Rules:
-    """The rules of a scheduler, in a study and where one is simulated."""
+    """The rules of a scheduler, in a study and where one is simulated.
+
+    Without a space's constraints: they are about trained and verified networks. Most trials that keep one in the end
+    still break it at their first rungs, whose ranking would then be by what is broken least and by nothing else.
+    """
     s = settings
     return Rules(
         goals=goals, reduction=s.reduction, first=float(s.min_epochs), ranking=s.ranking,

@@ -15,6 +15,7 @@ from typing import Any
 
 from cactus_ray.compression.levels import FACTOR_FORMATS, FORMATS
 from cactus_ray.config import PRUNE_FAMILIES
+from cactus_ray.parsing import FRACTION
 from cactus_ray.search.domains import DISTRIBUTIONS, Key, leaf_keys, run_keys
 from cactus_ray.search.objectives import FRONT_COLUMNS, LEVEL_METRICS, TRIAL_METRICS
 from cactus_ray.search.parameters import FIXED_SECTIONS
@@ -84,9 +85,13 @@ def _section(kind: type) -> Schema:
 
 
 def _open(key: Key) -> Schema:
-    """A value of a key, null, or the word that stands for null."""
-    value = _or_null(_value(key))
-    return {"anyOf": [{"const": key.metadata["word"]}, value]} if "word" in key.metadata else value
+    """A value of a key, null, or a text that stands for null or for a number."""
+    value, texts = _or_null(_value(key)), []
+    if "word" in key.metadata:
+        texts.append({"const": key.metadata["word"]})
+    if "fraction" in key.metadata:
+        texts.append({"type": "string", "pattern": f"^{FRACTION}$"})
+    return {"anyOf": [*texts, value]} if texts else value
 
 
 def _or_null(value: Schema) -> Schema:
@@ -150,7 +155,7 @@ def _parameter(key: Key) -> Schema:
         "when": {"$ref": "#/$defs/when"},
     }
     forms: list[Schema] = [{"required": ["value"]}, {"required": ["values"]}]
-    if key.hint in (int, float):
+    if key.hint in (int, float) and "enum" not in value:
         properties |= {
             "min": value, "max": value, "q": {"type": value.get("type", "number"), "exclusiveMinimum": 0},
             "distribution": {"enum": [d for d in DISTRIBUTIONS if key.hint is float or d[0] in "qi"]},

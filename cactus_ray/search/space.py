@@ -109,8 +109,9 @@ class Space:
             "name": self.name,
             **{key: copy.deepcopy(self.base[key]) for key in RUN_SECTIONS},
             "levels": list(self.levels),
-            "parameters": {key: {"value": v} for key, v in _flat(fixed)}
-            | {p.name: p.to_dict() for p in self.parameters},
+            # what is fixed comes last, or its own conditions would change the order in which the others are drawn
+            "parameters": {p.name: p.to_dict() for p in self.parameters}
+            | {key: {"value": v} for key, v in _flat(fixed)},
             "objectives": [to_dict(o) for o in self.objectives],
             "constraints": [to_dict(c) for c in self.constraints],
             "front": dict(self.front),

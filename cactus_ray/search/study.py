@@ -18,7 +18,7 @@ from cactus_ray.search.budget import Budget
 from cactus_ray.search.chunks import DEAR_BOUNDS, Chunk, ChunkResult, Pieces
 from cactus_ray.search.draws import Draws, TrialStart
 from cactus_ray.search.halving import Decision, following
-from cactus_ray.search.in_flight import forget_state, forget_states, keep_state
+from cactus_ray.search.in_flight import States
 from cactus_ray.search.journal import Event, Journal, Listener
 from cactus_ray.search.objectives import trial_metrics
 from cactus_ray.search.past import past_trial
@@ -71,20 +71,22 @@ class Study(Journal):
         self.sampler.replay(records)
         self.rungs = Rungs(space, records, cost)
         self.draws = Draws(space, store.path, self.sampler, self.rungs.epoch_cost)
-        self.verification = Verifying(space, pieces, Rivals(space.front, records.points()), after, self)
+        rivals = Rivals.of_records(space.front, space.constraints, records)
+        self.verification = Verifying(space, pieces, rivals, after, self)
         self.configs: dict[str, RunConfig] = {}
         self.numbers: dict[str, int] = {}
         self.training: set[str] = set()
         self.restart: list[TrialStart] = []
         self.waiting: dict[str, float | None] = {}
-        self.attempts = Attempts(store.path, records)
+        self.states = States(store.path)
+        self.attempts = Attempts(self.states, records)
         self.spent = {trial.id: sum(trial.ledger.values()) for trial in records.trials.values() if trial.ledger}
         self.lowered = records.lowered
         self.losses = {chunk: n for trial in records.trials.values() for chunk, n in trial.losses.items()}
         self.finished = sum(t.status in ("completed", "failed", "stopped") for t in records.drawn())
         for trial in records.trials.values():
             self._take_up(trial)
-        forget_states(store.path, {start.id for start in self.restart} | self.waiting.keys())
+        self.states.forget_others({start.id for start in self.restart} | self.waiting.keys())
 
     def _take_up(self, trial: TrialRecord) -> None:
         self.numbers[trial.id] = trial.number
@@ -218,7 +220,7 @@ class Study(Journal):
 
     def saved(self, trial: str, epoch: int, data: bytes) -> None:
         """The state of a trial after an epoch arrived: a later driver, or another process, goes on from it."""
-        keep_state(self.store.path, trial, epoch, data)
+        self.states.keep(trial, epoch, data)
 
     def died(self, trial: str, reason: str) -> None:
         """The process that trained a trial died. Another one goes on, unless too many died before the same epoch."""
@@ -255,7 +257,7 @@ class Study(Journal):
         """Training ended: keep its networks and say what has to be verified (``Verifying.trained``)."""
         chunks = self.verification.trained(trial, self.configs[trial], networks, chosen, epochs, seconds)
         self.training.discard(trial)
-        forget_state(self.store.path, trial)
+        self.states.forget(trial)
         return chunks
 
     def verified(self, result: ChunkResult) -> list[Chunk]:
@@ -289,14 +291,15 @@ class Study(Journal):
         self.training.discard(trial)
         self.restart.append(self._start(trial, self.numbers[trial], self.configs[trial]))
 
-    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> None:
-        """Every verdict of a trial is there."""
+    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> dict[str, float]:
+        """Every verdict of a trial is there; its metrics."""
         metrics = trial_metrics(points, train_seconds, self.space.front, self.reference)
         self.emit({"event": "completed", "trial": trial, "points": points, "metrics": metrics})
         self.verification.drop(trial)
         if trial not in self.after.of:
             self.finished += 1
             self.sampler.tell(self.numbers[trial], metrics, "completed")
+        return metrics
 
     def waits(
         self, trial: str, epoch: int = 0, data: bytes | None = None, seconds: float | None = None
@@ -311,7 +314,7 @@ class Study(Journal):
             self.stopped(trial, seconds=seconds)
             return
         if data is not None:
-            keep_state(self.store.path, trial, epoch, data)
+            self.states.keep(trial, epoch, data)
         known = {} if seconds is None else {"train_seconds": seconds}
         self.emit({"event": "waiting", "trial": trial, "reason": decision.reason, **known})
         self.training.discard(trial)
@@ -333,7 +336,7 @@ class Study(Journal):
     def _ended(self, trial: str, status: str) -> None:
         self.training.discard(trial)
         self.waiting.pop(trial, None)
-        forget_state(self.store.path, trial)
+        self.states.forget(trial)
         self.verification.drop(trial)
         if trial not in self.after.of:
             self.finished += 1

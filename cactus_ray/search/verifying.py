@@ -28,7 +28,7 @@ class Course(Protocol):
 
     def emit(self, *events: Event) -> None: ...
     def hold(self, event: Event) -> None: ...
-    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> None: ...
+    def complete(self, trial: str, points: list[dict[str, Any]], train_seconds: float) -> Mapping[str, float]: ...
     def failed(self, trial: str, error: str) -> None: ...
 
 
@@ -198,10 +198,7 @@ class Verifying:
         state = self.states[trial]
         if level in state.spared:
             return False
-        if any(c.metric == f"certified_accuracy@{level}" for c in self.space.constraints):
-            return True  # a lower end would decide whether the trial is feasible
-        siblings = [self._point(trial, other, state) for other in self.space.levels if other != level]
-        rival = self.rivals.of(point, siblings)
+        rival = self.rivals.of(point, [self._point(trial, other, state) for other in self.space.levels])
         if rival is None:
             return True
         state.spared[level] = [rival["trial"], rival["level"]]
@@ -213,9 +210,9 @@ class Verifying:
             self.course.failed(trial, f"no verifier survived level {lost[0]}")
             return
         points = [self._point(trial, level, state) for level in self.space.levels]
-        self.course.complete(trial, points, state.train_seconds)
+        metrics = self.course.complete(trial, points, state.train_seconds)
         if trial not in self.after.of:
-            self.rivals.add(points)
+            self.rivals.add(points, metrics)
 
     def _point(self, trial: str, level: str, state: Verification) -> dict[str, Any]:
         columns = self.columns[trial]

@@ -191,7 +191,7 @@ class Run:
         self.part += 1
         if what:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            leading = len(study.verification.rivals.leading.points)
+            leading = len(study.verification.rivals.all.front.points)
             complete, points = len(upkeep.table.texts) // len(asked.levels), len(upkeep.table.texts)
             print(
                 f"{what}, {sampler}: {complete} complete, {points} points, {leading} on the "

@@ -1,7 +1,7 @@
 """Method x level, over seeds: one network per method and seed, verified at every level on the test split.
 
     .venv/bin/python tests/benchmarks/bench_methods.py --data mnist --root ../shared/data --out methods \\
-        --methods sabr cactus --tune 6 --samples 10000 --branch-samples 500
+        --methods sabr cactus --tune 4 --samples 10000 --branch-samples 500
     .venv/bin/python tests/benchmarks/bench_methods.py --show tests/benchmarks/results/methods_mnist.json
 
 Budget: ``--epochs`` of plain SABR; every other method gets as many epochs as cost the same CPU seconds (steps of every

@@ -1,13 +1,15 @@
-"""What a cheap CACTUS pair costs in accuracy: against the plain pair that shares nothing, by level, seeds paired.
+"""What cheap CACTUS pairs cost in accuracy: against the plain pair that shares nothing, by level, seeds paired.
 
-    .venv/bin/python tests/benchmarks/bench_pair.py --root ../shared/data --results pair.json
+    .venv/bin/python tests/benchmarks/bench_pair.py --root ../shared/data --results pair.json --kinds single half
 
-Both train {full, pruned at one sparsity from U(0.5, 0.97)} with SABR (MNIST, epsilon 0.1, cnn_small, k = 1), from the
-same seed, for the same epochs of the whole training split. ``single``: the member sees a quarter of the batch and the
-full network's adversarial points, and its mask is kept for ten steps. ``plain``: the member sees the whole batch,
-attacks it itself, and has a fresh mask in every step; that is the loss written down without any sharing. Printed: IBP-
-certified accuracy on all 10,000 test images (float64), and the mean difference with its 95 % interval (Student's t
-over paired seeds). Resumable network by network; ``--show FILE`` only prints.
+All train {full, pruned at one sparsity from U(0.5, 0.97)} with SABR (MNIST, epsilon 0.1, cnn_small, k = 1), from the
+same seed, on the whole training split. ``plain``: the member sees the whole batch, attacks it itself, and has a fresh
+mask in every step; that is the loss written down without any sharing. The others share the full network's adversarial
+points: ``single`` shows its member a quarter of the batch and keeps a mask for ten steps, ``half`` shows it a half and
+``whole`` all of it; ``fresh`` shows a quarter and keeps no mask. All have the same epochs but ``longer``, which is
+``single`` for as many as take ``plain``'s seconds. Printed: IBP-certified accuracy on all 10,000 test images (float64),
+and the mean difference with its 95 % interval (Student's t over paired seeds). Resumable network by network; ``--show
+FILE`` only prints.
 """
 
 from __future__ import annotations
@@ -39,19 +41,30 @@ from cactus_ray.training.step import Step, full_loss, member_loss
 LEVELS = (
     "dense", "prune:gu-l1:0.9", "prune:gu-l1:0.95", "prune:gu-l1:0.97", "int8", "int4", "int3", "ternary",
 )  # fmt: skip
-SHARING = {"single": {"member_fraction": 0.25, "refresh_every": 10}, "plain": {}}
+SINGLE = {"member_fraction": 0.25, "refresh_every": 10}
+SHARING = {
+    "plain": {},
+    "single": SINGLE,
+    "longer": SINGLE,
+    "half": {"member_fraction": 0.5, "refresh_every": 10},
+    "whole": {"refresh_every": 10},
+    "fresh": {"member_fraction": 0.25},
+}
+LONGER = 1.5
+"""Epochs of ``longer`` for each of the others': a step of ``single`` takes two thirds of one of ``plain``."""
 TARGET = 0.5
-"""Points by which ``single`` may be worse."""
+"""Points by which a cheap pair may be worse."""
 
 
 def configuration(kind: str, seed: int, asked: argparse.Namespace) -> RunConfig:
+    epochs = round(asked.epochs * (LONGER if kind == "longer" else 1))
     return parse(
         RunConfig,
         {
             "data": {"name": "mnist", "root": str(asked.root)}
             | ({"train_samples": asked.train_samples} if asked.train_samples else {}),
             "model": {"name": "cnn_small"}, "threat": {"epsilon": 0.1}, "method": "cactus", "seed": seed,
-            "train": {"epochs": asked.epochs, "batch_size": 128, "ramp": 0.3}, "learning_rate": 0.002,
+            "train": {"epochs": epochs, "batch_size": 128, "ramp": 0.3}, "learning_rate": 0.002,
             "standard_weight": 0.3, "certified_loss": "sabr", "box_ratio": 0.6, "attack_steps": 1,
             "compression_set": {"strategy": "single", "low": 0.5, "high": 0.97, **SHARING[kind]},
         },
@@ -99,27 +112,27 @@ def measured(kind: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     return spent | {"levels": found}
 
 
-def show(found: dict[str, Any]) -> None:
-    """One row per level."""
+def show(found: dict[str, Any], kind: str) -> None:
+    """How ``kind`` compares with ``plain``: one row per level."""
     rows = found["networks"]
-    seeds = [s for s in range(len(rows)) if f"single-{s}" in rows and f"plain-{s}" in rows]
+    seeds = [s for s in range(len(rows)) if f"{kind}-{s}" in rows and f"plain-{s}" in rows]
     if not seeds:
         return
     print(f"\n{found['plan']}, {len(seeds)} paired seeds; IBP-certified (standard) accuracy, %\n")
-    print("| level | single | plain | difference, 95 % interval | within 0.5 |\n|---|---|---|---|---|")
+    print(f"| level | {kind} | plain | difference, 95 % interval | within {TARGET} |\n|---|---|---|---|---|")
     for level in LEVELS:
-        single, plain = ([rows[f"{kind}-{s}"]["levels"][level] for s in seeds] for kind in ("single", "plain"))
-        differences = [100 * (a[1] - b[1]) for a, b in zip(single, plain, strict=True)]
+        cheap, plain = ([rows[f"{name}-{s}"]["levels"][level] for s in seeds] for name in (kind, "plain"))
+        differences = [100 * (a[1] - b[1]) for a, b in zip(cheap, plain, strict=True)]
         mean = statistics.mean(differences)
         text, verdict = f"{mean:+.2f}", "yes" if mean > -TARGET else "no"
         if len(seeds) > 1:
             half = stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
             text += f" [{mean - half:+.2f}, {mean + half:+.2f}]"
             verdict += "" if mean - half > -TARGET or mean < -TARGET else ", the interval reaches below"
-        cells = [" ".join((f"{_mean(v, 1):.2f}", f"({_mean(v, 0):.2f})")) for v in (single, plain)]
+        cells = [" ".join((f"{_mean(v, 1):.2f}", f"({_mean(v, 0):.2f})")) for v in (cheap, plain)]
         print(f"| `{level}` | {cells[0]} | {cells[1]} | {text} | {verdict} |")
-    ratio = statistics.mean(rows[f"single-{s}"]["cpu_seconds"] / rows[f"plain-{s}"]["cpu_seconds"] for s in seeds)
-    print(f"\nCPU seconds of training, single over plain: {ratio:.2f}")
+    ratio = statistics.mean(rows[f"{kind}-{s}"]["cpu_seconds"] / rows[f"plain-{s}"]["cpu_seconds"] for s in seeds)
+    print(f"\nCPU seconds of training, {kind} over plain: {ratio:.2f}")
 
 
 def _mean(values: list[Any], place: int) -> float:
@@ -130,13 +143,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
     parser.add_argument("--results", type=Path, help="file of figures")
+    parser.add_argument("--kinds", nargs="+", default=["single"], choices=[k for k in SHARING if k != "plain"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train-samples", type=int, help="train on a fixed subset of this size")
     parser.add_argument("--show", type=Path, help="only print the table of such a file")
     asked = parser.parse_args()
     if asked.show:
-        show(json.loads(asked.show.read_text()))
+        for kind in SHARING:
+            if kind != "plain":
+                show(json.loads(asked.show.read_text()), kind)
         return
     if asked.root is None or asked.results is None:
         parser.error("--root FOLDER and --results FILE are needed")
@@ -148,14 +164,15 @@ def main() -> None:
         if found["plan"] != plan:
             raise SystemExit(f"{asked.results}: of {found['plan']}, not {plan}; remove it or name another")
     for seed in range(asked.seeds):
-        for kind in SHARING:
+        for kind in ("plain", *asked.kinds):
             name = f"{kind}-{seed}"
             if name not in found["networks"]:
                 found["networks"][name] = measured(kind, seed, asked)
                 lines = ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in found["networks"].items())
                 asked.results.write_text(f'{{"plan": {json.dumps(plan)},\n"networks": {{\n{lines}\n}}}}\n')
                 print(f"{name}: {found['networks'][name]}", flush=True)
-    show(found)
+    for kind in asked.kinds:
+        show(found, kind)
 
 
 if __name__ == "__main__":

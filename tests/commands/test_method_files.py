@@ -1,7 +1,8 @@
-"""Every method with a loss to choose, from a search space to a file that onnxruntime runs and ``verify`` reads."""
+"""Every method through the commands of a user: train, verify at several levels, pick a level's file, check it."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -10,49 +11,72 @@ import torch
 
 from cactus_ray import cli
 from cactus_ray.bounds.graph import forward
-from cactus_ray.config import DataConfig
 from cactus_ray.data import load_split
 from cactus_ray.models.network import load
-from cactus_ray.options import METHOD_OPTIONS
-from cactus_ray.search.evaluate import at_level
+from cactus_ray.options import METHODS
 
 METHODS_DIGITS = str(Path(__file__).parents[2] / "search_spaces" / "methods_digits.yaml")
-LEVELS = "dense,int8,prune:lu-l1:0.9,prune:gs-l2:0.5+int4"
+EPSILON = "0.05"
 FIXED = {
     "learning_rate": "0.005", "standard_weight": "0.3", "certified_loss": "ibp", "train.epochs": "6",
-    "model.name": "mlp", "model.hidden": "[32]", "threat.epsilon": "0.05", "compression_set.strategy": "single",
+    "model.name": "mlp", "model.hidden": "[32]", "threat.epsilon": EPSILON, "compression_set.strategy": "single",
     "compression_set.high": "0.75", "awp_radius": "0.5", "target_sparsity": "0.9", "weight_bits": "4",
-    "nrs_weight": "0.01", "awp_gamma": "0.01", "mask_noise": "0.25",
+    "nrs_weight": "0.01", "awp_gamma": "0.01", "mask_noise": "0.25", "box_ratio": "0.8", "ibp_weight": "0.5",
+    "attack_radius_factor": "1.0", "tail_layers": "1", "gradient_scale": "4.0", "crown_weight": "0.5",
 }  # fmt: skip
+SMALL = "prune:gs-l2:0.5+int4"
+OWN = {
+    "hydra": "prune:lu-l1:0.9", "qa_ibp": "int4", "c_sam": "prune:gu-l1:0.9", "atmc": "lr+sparse:0.1+codebook:4",
+}  # fmt: skip
+"""The level that a method trains for; all others are compressed without having heard of it."""
+KEPT = ("hydra", "qa_ibp", "c_sam")
+"""Methods whose finished network its own level does not change any more."""
+UNCERTIFIED = ("pgd", "standard")
+"""Methods that do not train bounds: of their networks no certificate is expected."""
+EFFORT = ["--samples", "40", "--bound", "ibp", "--json"]
 
 
-@pytest.mark.parametrize("method", METHOD_OPTIONS)
-def test_train_compress_verify_export(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "network.safetensors"
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    assert cli.run([str(argument) for argument in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_verify_export_check(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network, results, out = tmp_path / "network.safetensors", tmp_path / "results.jsonl", tmp_path / "picked"
     settings = [argument for key, value in FIXED.items() for argument in ("--set", f"{key}={value}")]
-    assert cli.run(["train", METHODS_DIGITS, "--set", f"method={method}", *settings, "--out", str(path), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["standard_accuracy"] > 0.6
-    assert summary["ibp_certified_accuracy"] > 0.3
+    command = ["train", METHODS_DIGITS, "--set", f"method={method}", *settings, "--out", network, "--json"]
+    trained = shown(capsys, *command)
+    assert trained["standard_accuracy"] > 0.6
+    assert method in UNCERTIFIED or trained["ibp_certified_accuracy"] > 0.3
 
-    options = ["--samples", "40", "--bound", "ibp", "--json"]
-    assert cli.run(["verify", str(path), "--levels", LEVELS, *options]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["level"] for row in rows] == LEVELS.split(",")
-    certified = {row["level"]: row["n_certified"] for row in rows}
-    assert certified["dense"] >= 10
-    if method == "hydra":
-        assert certified["prune:lu-l1:0.9"] == certified["dense"]
+    levels = ["dense", OWN.get(method, "int8"), SMALL]
+    rows = shown(capsys, "verify", network, "--levels", ",".join(levels), *EFFORT, "--out", results)
+    assert [row["level"] for row in rows] == levels
+    for row in rows:
+        assert row["n_certified"] + row["n_falsified"] + row["n_unknown"] == row["samples"] == 40
+        assert row["n_certified"] <= round(40 * row["standard_accuracy"])
+        assert row["n_falsified"] >= 40 - round(40 * row["standard_accuracy"])
+    dense, own, _ = (row["n_certified"] for row in rows)
+    assert method in UNCERTIFIED or min(dense, own) >= 10
+    if method in KEPT:
+        assert own == dense
 
-    network = load(path)
+    level, row = (levels[1], rows[1]) if method in OWN else (SMALL, rows[2])
+    picked = shown(capsys, "pick", network, "--level", level, *EFFORT, "--out", out)
+    verified = json.loads(results.read_text().splitlines()[0])["settings"]["files"]
+    assert picked["sha256"] == verified[level]  # what was verified is what is written
+    assert picked["bytes"] == (out / "model.onnx").stat().st_size
+    counts = ("n_certified", "n_falsified", "n_unknown")
+    assert [picked["test"][key] for key in counts] == [row[key] for key in counts]
+    checked = shown(capsys, "check", out, "--json")
+    assert checked["ok"]
+    assert (checked["certified_again"], checked["replayed"]) == (row["n_certified"], row["n_falsified"])
+    (again,) = shown(capsys, "verify", out / "model.onnx", "--epsilon", EPSILON, *EFFORT)
+    assert [again[key] for key in counts] == [row[key] for key in counts]
+
+    stored = load(out / "model.safetensors")
     images, _ = load_split("digits", "selection")
-    deployed = at_level(network, "dense", DataConfig(name="digits"), (0.0, 1.0))
-    (tmp_path / "model.onnx").write_bytes(deployed.file)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(out / "model.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: images[:16].numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(np.asarray(logits)), forward(network.graph, network.params, images[:16])
-    )
-    arguments = [str(tmp_path / "model.onnx"), "--data", "digits", "--epsilon", "0.05", *options]
-    assert cli.run(["verify", *arguments]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["n_certified"] == certified["dense"]
+    torch.testing.assert_close(torch.from_numpy(np.asarray(logits)), forward(stored.graph, stored.params, images[:16]))

@@ -195,6 +195,21 @@ def test_a_dry_run_estimates_every_method_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_says_that_rungs_do_not_apply_constraints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "estimate", lambda *arguments: None)
+    monkeypatch.setattr(search, "print_estimate", lambda *arguments, as_json: None)
+    for scheduler, said in ("asha", True), ("none", False):
+        file = tmp_path / f"{scheduler}.yaml"
+        constraints = [{"metric": "standard_accuracy@int8", "min": 0.9}]
+        asked = {**SPACE, "constraints": constraints, "search": {"trials": 3, "scheduler": {"name": scheduler}}}
+        file.write_text(yaml.safe_dump(asked))
+        status, out, err = cactus_ray(capsys, "search", file, "--runs", tmp_path / "runs", "--dry-run")
+        assert status == 0, err
+        assert ("rungs compare trials without them" in out) is said
+
+
 def test_a_dry_run_of_an_own_network_with_halving_says_that_it_counts_whole_trials(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

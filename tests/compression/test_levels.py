@@ -1,7 +1,7 @@
 import pytest
 
 from cactus_ray.compression.levels import FACTOR_FORMATS, FORMATS, Level, parse_level, parse_levels
-from cactus_ray.config import PRUNE_FAMILIES
+from cactus_ray.config import PRUNE_FAMILIES, STORED_BITS
 from cactus_ray.errors import ConfigError
 
 
@@ -41,6 +41,13 @@ def test_every_combination_reads_back(family: str, quantise: str) -> None:
 def test_factored_levels_read_back(quantise: str | None) -> None:
     level = Level(None, None, True, quantise, 0.037)
     assert parse_level(str(level)) == level
+
+
+def test_integers_and_codebooks_have_the_widths_that_training_may_ask_for() -> None:
+    symmetric = [f for f in FORMATS if f.startswith("int") and ":" not in f] + ["ternary"]
+    codebooks = [f for f in FORMATS if f.startswith("codebook")]
+    for formats in (symmetric, codebooks):
+        assert sorted(parse_level(f).bits or 0 for f in formats) == list(STORED_BITS)
 
 
 def test_what_a_level_tells() -> None:

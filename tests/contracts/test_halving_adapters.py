@@ -6,7 +6,7 @@ two of them.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import pytest
 from course import REFERENCE, SPACE, result
 
-from cactus_ray.cluster.scheduler import MultiObjectiveASHA
+from cactus_ray.cluster.scheduler import Constraint, MultiObjectiveASHA
+from cactus_ray.config import to_dict
 from cactus_ray.search.halving import Decision, Halving, Rules
+from cactus_ray.search.objectives import feasible
 from cactus_ray.search.rungs import proxy_goals
 from cactus_ray.search.space import parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, with_front
@@ -37,8 +39,8 @@ class World(Protocol):
 class Core:
     """The decision core by itself."""
 
-    def __init__(self, folder: Path) -> None:
-        self.halving, self.number = Halving(Rules(goals=GOALS)), 0
+    def __init__(self, folder: Path, constraints: Sequence[Constraint] = ()) -> None:
+        self.halving, self.number = Halving(Rules(goals=GOALS, constraints=tuple(constraints))), 0
 
     def start(self) -> str:
         self.number += 1
@@ -63,9 +65,9 @@ class Core:
 class Tune(Core):
     """Ray Tune's side, called as its controller does; Ray itself is not started."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
-        self.scheduler = MultiObjectiveASHA(NAMES, ["max"] * len(NAMES), max_t=EPOCHS)
+    def __init__(self, folder: Path, constraints: Sequence[Constraint] = ()) -> None:
+        self.folder, self.number, self.constraints = folder, 0, constraints
+        self.scheduler = MultiObjectiveASHA(NAMES, ["max"] * len(NAMES), max_t=EPOCHS, constraints=constraints)
         self.running: set[str] = set()
 
     def start(self) -> str:
@@ -88,7 +90,8 @@ class Tune(Core):
 
     def again(self) -> None:
         self.scheduler.save(str(self.folder / "scheduler.json"))
-        self.scheduler = MultiObjectiveASHA(NAMES, ["maximize"] * len(NAMES), max_t=EPOCHS)
+        goals = ["maximize"] * len(NAMES)
+        self.scheduler = MultiObjectiveASHA(NAMES, goals, max_t=EPOCHS, constraints=self.constraints)
         self.scheduler.restore(str(self.folder / "scheduler.json"))
 
     def decisions(self) -> list[Decision]:
@@ -96,14 +99,16 @@ class Tune(Core):
 
 
 class Driver:
-    """The study that trials ask through the mailbox, and its records."""
+    """The study that trials ask through the mailbox, and its records. Constraints are those of its space."""
 
-    def __init__(self, folder: Path) -> None:
-        constraint = {"metric": "standard_accuracy@int8", "min": 2.0}  # nothing can meet it
-        search = {"trials": 40, "sampler": "random", "scheduler": {"name": "asha", "promote": False}}
+    def __init__(
+        self, folder: Path, constraints: Sequence[Constraint] = (), sampler: str = "random", promote: bool = False
+    ) -> None:  # fmt: skip
+        search = {"trials": 40, "sampler": sampler, "scheduler": {"name": "asha", "promote": promote}}
+        limits = [to_dict(constraint) for constraint in constraints]
         self.folder = folder
         self.space = parse_space(
-            {**SPACE, "train": {"epochs": EPOCHS}, "search": search, "constraints": [constraint]}, "contract.yaml"
+            {**SPACE, "train": {"epochs": EPOCHS}, "search": search, "constraints": limits}, "contract.yaml"
         )
         self.study = self._study()
         self.study.begin({"name": "contract", "seed": 0}, REFERENCE)
@@ -122,7 +127,7 @@ class Driver:
     def epoch(self, trial: str, epoch: int, metrics: Mapping[str, Any]) -> bool:
         go_on = self.study.epoch(trial, epoch, EPOCHS, dict(metrics))
         if not go_on and trial in self.study.training:
-            self.study.stopped(trial, seconds=1.0)
+            self.study.waits(trial, epoch, b"state", 1.0)
         return go_on
 
     def end(self, trial: str) -> None:
@@ -143,7 +148,9 @@ class Driver:
         return self.study.rungs.halving.decisions
 
 
-WORLDS = {"core": Core, "tune": Tune, "driver": Driver}
+WORLDS: dict[str, Any] = {"core": Core, "tune": Tune, "driver": Driver}
+IMPOSSIBLE = (Constraint("standard_accuracy@dense", min=2.0), Constraint("standard_accuracy@int8", max=-1.0))
+"""Nobody can meet them: neither what is reported at rungs, nor what is measured at the end."""
 
 
 @pytest.fixture(params=sorted(WORLDS))
@@ -233,6 +240,73 @@ def test_all_worlds_decide_alike(tmp_path: Path) -> None:
         (tmp_path / kind).mkdir()
         found.append([(d.trial, d.rung, d.rank, d.of, d.go_on) for d in play(WORLDS[kind](tmp_path / kind), None)])
     assert found[0] == found[1] == found[2]
+
+
+# --- all trials infeasible: constraints on what is reported --------------------------------------------------------
+
+
+@pytest.fixture(params=["core", "tune"])
+def constrained(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    found: World = WORLDS[request.param](tmp_path, IMPOSSIBLE)
+    return found
+
+
+def test_where_all_trials_are_infeasible_those_that_break_least_go_on(constrained: World) -> None:
+    trials = [constrained.start() for _ in range(7)]
+    quality = [0.5, 0.2, 0.9, 0.4, 0.5, 0.7, 0.1]  # standard accuracy when dense; all break what is asked at int8 alike
+    answers = []
+    for trial, value in zip(trials, quality, strict=True):
+        answers.append(constrained.epoch(trial, 1, metrics(value, 0.0)))
+        constrained.again()
+    found = constrained.decisions()
+    assert [(d.rank, d.of) for d in found] == [(1, 1), (2, 2), (1, 3), (3, 4), (3, 5), (2, 6), (7, 7)]
+    assert answers == [d.go_on for d in found] == [True, True, True, False, False, True, False]
+    assert {d.front for d in found} == {None}
+    assert all(set(d.values) == set(NAMES) for d in found)
+
+
+def test_infeasible_trials_rank_behind_any_feasible_and_before_those_that_lack_a_value(tmp_path: Path) -> None:
+    limit = (Constraint(NAMES[0], min=0.5), Constraint("latency", max=20.0))
+    for kind in ("core", "tune"):
+        world: World = WORLDS[kind](tmp_path, limit)
+        good, broken, slow, missing = (world.start() for _ in range(4))
+        world.epoch(slow, 1, {**metrics(0.9), "latency": 21.0})
+        world.epoch(missing, 1, metrics(0.9))  # it does not say how slow it is
+        world.epoch(broken, 1, {**metrics(0.4, 0.9), "latency": 1.0})
+        assert world.epoch(good, 1, {**metrics(0.5, 0.0), "latency": 20.0})
+        assert [(d.rank, d.front) for d in world.decisions()] == [(1, None), (2, None), (1, None), (1, 0)]
+        world.epoch(world.start(), 1, {**metrics(0.6, 0.0), "latency": math.nan})
+        assert world.decisions()[-1].rank == 5
+
+
+def test_constraints_of_a_space_are_not_those_of_its_rungs(tmp_path: Path) -> None:
+    found = []
+    for name, limits in (("free", ()), ("constrained", IMPOSSIBLE)):
+        (tmp_path / name).mkdir()
+        found.append(list(map(str, play(Driver(tmp_path / name, limits), None))))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("promote", [False, True])
+def test_a_study_whose_trials_are_all_infeasible_goes_on_to_its_end(tmp_path: Path, promote: bool) -> None:
+    world = Driver(tmp_path, IMPOSSIBLE, "tpe", promote)
+    while (start := world.study.next_trial()) is not None:
+        quality = (7 * start.number) % 10 / 10
+        if all(world.epoch(start.id, epoch, metrics(quality)) for epoch in start.asked if epoch > start.epoch):
+            for chunk in world.study.trained(start.id, {"last": start.id.encode()}, "last", EPOCHS, 2.0):
+                world.study.verified(result(chunk))
+        if start.number % 10 == 3:
+            world.again()
+    assert world.study.done
+    records = read_records(tmp_path)
+    ended = {t.id: t.status for t in records.trials.values()}
+    complete = [t for t in records.trials.values() if t.status == "completed"]
+    assert set(ended.values()) == {"completed", "stopped"}
+    assert len(ended) == 40
+    assert len(complete) >= 2
+    assert all(any(v > 0 for v in feasible(t.metrics, world.space.constraints).values()) for t in complete)
+    assert {p["trial"] for p in with_front(records, world.space.front) if p["on_front"]} == {t.id for t in complete}
+    world.decisions()
 
 
 # --- the study's own side ------------------------------------------------------------------------------------------

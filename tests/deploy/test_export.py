@@ -14,10 +14,12 @@ from deploy_support import DIGITS, QUICK
 from cactus_ray.bounds.graph import forward
 from cactus_ray.data import load
 from cactus_ray.deploy import certificate, document, export
-from cactus_ray.deploy.export import FILES, USES, PickResult, pick, refuse_foreign
+from cactus_ray.deploy.export import FILES, USES, PickResult, pick, pick_file, refuse_foreign
 from cactus_ray.deploy.pick import NothingFits, Requirements
+from cactus_ray.deploy.recheck import check
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.interchange.read import read_onnx
+from cactus_ray.models.network import Network, save
 from cactus_ray.models.network import load as load_network
 from cactus_ray.search.store import read_records
 
@@ -97,6 +99,39 @@ def test_uses_of_the_test_split_are_recorded_and_counted(run_folder: Path, tmp_p
     ]
     assert "Estimate" in (tmp_path / "out" / "card.md").read_text()
     assert again.document.data.samples == 20 < again.document.data.total
+
+
+def test_a_network_file_is_picked_at_a_level_and_counts_its_own_uses(
+    network: Network, picked: PickResult, tmp_path: Path
+) -> None:
+    """The file that the run's pick wrote, certified like it, without a choice and without figures of selection."""
+    file = tmp_path / "own.safetensors"
+    save(network, file)
+    found = [pick_file(file, level, tmp_path / "out", samples=20, settings=QUICK) for level in ("int4", "int8")]
+    result = found[1]
+    assert result.document.file.sha256 == picked.document.file.sha256
+    assert result.document.network == picked.document.network
+    rows = {row.index: row.verdict for row in picked.document.verdicts}
+    assert [row.verdict for row in result.document.verdicts] == [rows[i] for i in result.document.data.indices]
+    assert [f.document.provenance.test_split_uses for f in found] == [1, 2]
+    uses = (tmp_path / "own.test_split_uses.jsonl").read_text().splitlines()
+    assert [(u["trial"], u["level"], u["samples"]) for u in map(json.loads, uses)] == [
+        (None, "int4", 20), (None, "int8", 20),
+    ]  # fmt: skip
+    assert (result.choice, result.selection, result.met) == (None, None, True)
+    assert result.document.provenance.config_hash == picked.document.provenance.config_hash
+    assert "use 2 of the test split of that network file" in (tmp_path / "out" / "card.md").read_text()
+    json.dumps(result.to_json())
+    assert result.lines()[0].startswith("mlp at int8: ")
+    report = check(tmp_path / "out")
+    assert (report.findings, report.certified_again) == ((), result.document.summary.n_certified)
+
+
+def test_a_network_file_that_does_not_name_its_data_is_refused(network: Network, tmp_path: Path) -> None:
+    save(dataclasses.replace(network, config=None), tmp_path / "own.safetensors")
+    with pytest.raises(UserError, match="does not say on what and against what it was trained"):
+        pick_file(tmp_path / "own.safetensors", "int8", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["own.safetensors"]
 
 
 def test_nothing_fits_neither_reads_the_test_split_nor_writes(run_folder: Path, tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def test_resuming_anywhere_gives_the_same_decisions_and_every_one_replays(rankin
     [
         ({"goals": {}}, "at least one"), ({"goals": {"a": "up"}}, "'up'"), ({"reduction": 1.0}, "1.0"),
         ({"reduction": math.nan}, "nan"), ({"first": 0.0}, "0.0"), ({"ranking": "best"}, "'best'"),
+        ({"constraints": (Constraint("a"),)}, "constraint on a: got .*; expected min <= max, or one"),
+        ({"constraints": (Constraint("a", min=2.0, max=1.0),)}, "constraint on a"),
+        ({"constraints": (Constraint("a", min=math.nan, max=1.0),)}, "constraint on a"),
     ],
 )  # fmt: skip
 def test_rules_that_make_no_sense_are_refused(bad: dict[str, Any], message: str) -> None:

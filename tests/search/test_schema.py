@@ -69,6 +69,8 @@ def test_nested_and_dotted_parameters_both_validate(validator: jsonschema.Draft2
         ({"parameters": {"method": {"values": ["fgsm"]}}}, ["parameters", "method", "values", 0]),
         ({"parameters": {"method": {}}}, ["parameters", "method"]),
         ({"parameters": {"method": {"min": 0, "max": 1}}}, ["parameters", "method"]),
+        ({"parameters": {"weight_bits": {"values": [4, 7]}}}, ["parameters", "weight_bits", "values", 1]),
+        ({"parameters": {"weight_bits": {"min": 2, "max": 8}}}, ["parameters", "weight_bits"]),
         ({"parameters": {"learning_rate": {"min": 0.1}}}, ["parameters", "learning_rate"]),
         ({"parameters": {"compression_set": {"when": {"method": "ibp"}, "parameters": {}}}},
          ["parameters", "compression_set", "when", "method"]),

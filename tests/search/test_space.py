@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cactus_ray.config import RunConfig, parse
+from cactus_ray.config import METHODS, RunConfig, parse
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.search.domains import Choices
+from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import load_space, parse_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -94,6 +96,22 @@ def test_shipped_spaces_load_and_survive_being_written_out(path: Path) -> None:
     assert parse_space(yaml.safe_load(yaml.safe_dump(space.to_dict(), sort_keys=False))) == space
 
 
+def test_the_shipped_study_over_methods_holds_all_of_them_and_tries_each_before_it_draws() -> None:
+    space = load_space(SPACES / "methods_digits.yaml")
+    (method,) = (p for p in space.parameters if p.name == "method")
+    assert isinstance(method.domain, Choices)
+    assert sorted(method.domain.values) == sorted(METHODS)
+    assert {point["method"] for point in space.points} == set(METHODS)
+    assert space.search.trials >= 2 * len(space.points)
+    sampler = OptunaSampler(space)
+    for point in space.points:
+        suggestion = sampler.ask()
+        assert suggestion is not None
+        assert suggestion.origin == "point"
+        assert point.items() <= suggestion.values.items()
+        assert space.configuration(suggestion.values, 0).method == point["method"]
+
+
 def test_only_five_keys_are_needed() -> None:
     space = parse_space(MINIMAL)
     assert space.parameters == ()
@@ -119,6 +137,13 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         + "parameters:\n  learning_rate: {distribution: log_uniform_values, min: 3e-4, max: 1E-2}\n"
     )
     assert load_space(write(tmp_path, text)).parameters[0].domain.ends() == (0.0003, 0.01)
+
+
+def test_a_radius_may_be_a_fraction_of_pixel_values(tmp_path: Path) -> None:
+    text = EXAMPLE.replace("epsilon: 0.1", "epsilon: 8/255")
+    assert load_space(write(tmp_path, text)).threat.epsilon == 8 / 255
+    space = load_space(write(tmp_path, EXAMPLE), overrides={"threat.epsilon": "2/255"})
+    assert (space.threat.epsilon, space.to_dict()["threat"]["epsilon"]) == (2 / 255, 2 / 255)
 
 
 def test_quantised_ranges_hold_exactly_the_multiples() -> None:
@@ -315,7 +340,9 @@ BAD_KEYS = [
     ({"threat": {"epsilon": -0.1}}, "threat.epsilon", "-0.1", "[0.0, 1.0]"),
     ({"threat": {"epsilon": float("nan")}}, "threat.epsilon", "nan", "finite"),
     ({"threat": {"epsilon": float("inf")}}, "threat.epsilon", "inf", "finite"),
-    ({"threat": {"epsilon": "8/255"}}, "threat.epsilon", "'8/255'", "finite number"),
+    ({"threat": {"epsilon": "8/0"}}, "threat.epsilon", "'8/0'", "fraction such as 8/255"),
+    ({"threat": {"epsilon": "300/255"}}, "threat.epsilon", str(300 / 255), "[0.0, 1.0]"),
+    ({"threat": {"epsilon": "-8/255"}}, "threat.epsilon", "'-8/255'", "finite number"),
     ({"threat": {"epsilon": True}}, "threat.epsilon", "True", "finite number"),
     ({"threat": {}}, "threat.epsilon", "None", "radius"),
     ({"threat": {"epsilon": 0.1, "norm": "l2"}}, "threat.norm", "'l2'", "linf"),
@@ -426,6 +453,11 @@ BAD_PARAMETERS = [
         "parameters.train.parameters.epochs", "train.epochs", "once",
     ),
     ({"train": {"parameters": {}, "min": 1}}, "parameters.train.min", "1", "when, parameters"),
+    ({"weight_bits": {"values": [4, 7]}}, "parameters.weight_bits.values[1]", "7", "one of 2, 3, 4, 5, 6, 8"),
+    (
+        {"codebook_bits": {"min": 2, "max": 8}},
+        "parameters.codebook_bits", "{'min': 2, 'max': 8}", "value or values: this key is one of 2, 3, 4, 5, 6, 8",
+    ),
     (
         {"method": CACTUS_OR_SABR, "awp_radius": {"value": 1, "when": {"metod": ["cactus"]}}},
         "parameters.awp_radius.when.metod", "'metod'", "method",

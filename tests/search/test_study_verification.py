@@ -121,6 +121,32 @@ def test_dear_work_that_others_overtook_while_it_waited_is_withdrawn(dear_space:
     assert resume(dear_space, tmp_path).in_flight == 0
 
 
+@pytest.mark.parametrize("met", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_trial_that_breaks_a_constraint_spares_nobody_who_may_keep_it(
+    tmp_path: Path, met: bool, resumed: bool
+) -> None:
+    limit = {"metric": "bytes@int8", "max": 500 if met else 400}
+    asked = parse_space({**SPACE, "verification": {"bound": "branch"}, "constraints": [limit]}, "course.yaml")
+    study = begin(asked, tmp_path)
+    best = started(study).id
+    for chunk in study.trained(best, {"last": b"best"}, "last", 1, 2.0):
+        study.verified(result(chunk, measures={**MEASURES, "bytes": 500}))
+    if resumed:
+        study = resume(asked, tmp_path)
+    later = started(study).id
+    dear: list[Chunk] = []
+    for chunk in study.trained(later, {"last": b"later"}, "last", 1, 2.0):
+        found = result(chunk, "UNKNOWN", "bounds")
+        found.levels["int8"] = replace(found.levels["int8"], measures={**MEASURES, "bytes": 300})
+        for row in found.levels["dense"].samples:  # of both levels
+            row[2:6] = ["FALSIFIED", True, None, "attack"] if row[0] == 2 else row[2:6]
+        dear += study.verified(found)
+    spared = read_records(tmp_path).trials[later].spared
+    assert {c.levels for c in dear} == {("int8",) if met else ("dense", "int8")}
+    assert spared == ({"dense": [best, "dense"]} if met else {})
+
+
 def test_levels_that_are_still_worth_it_are_verified_without_the_others(dear_space: Space, tmp_path: Path) -> None:
     study = begin(dear_space, tmp_path)
     trial, (first, last) = cheap_stage(study)

@@ -129,6 +129,7 @@ def test_bounds_are_on_the_weight_and_tighter_than_on_its_factors(run_config: An
 
 
 def test_options_are_checked(run_config: Any) -> None:
-    for key, value in (("codebook_bits", 1), ("admm_weight", -1.0), ("admm_every", 0), ("target_sparsity", 1.0)):
+    wrong = [("codebook_bits", 1), ("codebook_bits", 7), ("admm_weight", -1.0), ("admm_every", 0)]
+    for key, value in [*wrong, ("target_sparsity", 1.0)]:
         with pytest.raises(ConfigError, match=key):
             run_config(method="atmc", **{key: value})

@@ -18,9 +18,10 @@ def cc_ibp(
     statistics: Statistics | None = None,
     visit: Visitor | None = None,
 ) -> Tensor:
-    """Cross-entropy of ``alpha`` times the bounds plus ``1 - alpha`` times the adversarial margins, alpha = ibp_weight.
+    """``CE(-(alpha * lower + (1 - alpha) * adversarial))`` with alpha = ibp_weight (De Palma et al. 2024, CC-IBP).
 
-    De Palma et al. 2024.
+    ``lower`` are the interval bounds of the margins over the ball, ``adversarial`` the margins at the points, both of
+    ``logit[label] - logit[j]``: from the adversarial loss (alpha 0) to that of interval bounds (alpha 1).
     """
     logits, lower = adversarial_logits_and_bounds(graph, params, region, statistics, visit)
     adversarial = logits.gather(1, region.labels[:, None]) - logits

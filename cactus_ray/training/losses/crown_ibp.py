@@ -25,11 +25,14 @@ def crown_ibp(
 ) -> Tensor:
     """``log(beta * crown + (1 - beta) * interval)``, both upper bounds of sum_j exp(logit_j - logit_label) on the ball.
 
-    beta = crown_weight (Zhang et al. 2020; on the sums, as Xu et al. 2020 mix them). Every exponential is replaced by
-    its chord over the margin's interval, so that one linear form per image is bounded backward instead of one per
-    class (loss fusion: Xu et al. 2020). Intermediate boxes are intervals. An upper bound of the loss for every beta in
-    [0, 1]; at 0 the interval loss, without a backward pass. Measured once in float64, same weights: fused loss and
-    gradients within 1e-12 of CTBench's, the backward bound within 2e-14 of auto_LiRPA's CROWN-IBP.
+    beta = crown_weight (Zhang et al. 2020; on the sums, as Xu et al. 2020 mix them). With m_j = logit_label - logit_j
+    in [l_j, u_j] by intervals, interval = sum_j exp(-l_j). Every exponential is replaced by its chord
+    ``exp(-l_j) + s_j (m_j - l_j)``, s_j = (exp(-u_j) - exp(-l_j)) / (u_j - l_j), so that crown, the largest of
+    ``sum_j (exp(-l_j) - s_j l_j) + sum_j s_j m_j`` by CROWN, is one linear form per image that is bounded backward
+    instead of one per class (loss fusion: Xu et al. 2020). Intermediate boxes are intervals. An upper bound of the
+    loss for every beta in [0, 1]; at 0 the interval loss, without a backward pass. Measured once in float64, same
+    weights: fused loss and gradients within 1e-12 of CTBench's, the backward bound within 2e-14 of auto_LiRPA's
+    CROWN-IBP.
     """
     if statistics is not None:
         params = params | _as_running(statistics)

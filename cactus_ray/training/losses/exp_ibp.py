@@ -21,9 +21,10 @@ def exp_ibp(
     statistics: Statistics | None = None,
     visit: Visitor | None = None,
 ) -> Tensor:
-    """``L_IBP ** alpha * L_adv ** (1 - alpha)`` with alpha = ibp_weight (De Palma et al. 2024).
+    """``L_IBP ** alpha * L_adv ** (1 - alpha)`` with alpha = ibp_weight (De Palma et al. 2024, Exp-IBP).
 
-    Of the two means over the batch, as the authors' code takes it.
+    ``L_IBP`` is the cross-entropy of the interval bounds over the ball, ``L_adv`` that of the logits at the points: of
+    the two means over the batch, as the authors' code takes it.
     """
     logits, lower = adversarial_logits_and_bounds(graph, params, region, statistics, visit)
     adversarial = F.cross_entropy(logits, region.labels).clamp(min=_LEAST)

@@ -19,6 +19,9 @@ def staps(
     statistics: Statistics | None = None,
     visit: Visitor | None = None,
 ) -> Tensor:
-    """The loss of TAPS over the small box of SABR (Mao et al. 2023). No bound of the loss over the ball."""
+    """``L_TAPS * L_IBP``, both over the small box of SABR (Mao et al. 2023; box: Mueller et al. 2023, Eq. 5).
+
+    The formula is that of ``taps``. No bound of the loss over the ball.
+    """
     box = small_box(region.ball, region.attacked("staps"), options.box_ratio)
     return attacked_tail(graph, params, box, region, options, statistics=statistics, visit=visit)
