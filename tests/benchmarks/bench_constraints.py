@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from bench_search import FINAL, read_curves
 
-from cactus_ray.search.rungs import extreme_levels, rules_of, rung_epochs
+from cactus_ray.search.rungs import extreme_levels, rules_of, rung_epochs, steady
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.simulate import Curve
 
@@ -36,7 +36,7 @@ def broken(
         for curve, outcome in zip(curves, outcomes, strict=True):
             if bool(outcome >= limit) is not keeps:
                 continue
-            at = rung_epochs(rules, scheduler.min_epochs, len(curve.seconds), curve.epoch_cost)
+            at = rung_epochs(rules, scheduler.min_epochs, len(curve.seconds), steady(curve.epoch_cost))
             for place, epoch in enumerate(at):
                 below += [[]] if place == len(below) else []
                 below[place].append(not curve.metrics[epoch - 1][proxy] >= limit)
