@@ -54,17 +54,27 @@ SETTINGS = {"mnist": _settings(0.001), "digits": _settings(0.0025)}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What all runs of a benchmark share. ``epochs``: of plain SABR; ``batch_norm``: None for the model's own."""
+    """What all runs of a benchmark share. ``epochs``: of plain SABR; ``batch_norm``: None for the model's own;
+    ``device``: None for the CPU."""
 
     data: str
     root: Path | None
     epochs: int
     batch_norm: bool | None = None
     train_samples: int | None = None
+    device: str | None = None
 
     @staticmethod
-    def of(data: str, root: Path | None, epochs: int | None, batch_norm: bool, train_samples: int | None) -> Plan:
-        return Plan(data, root, epochs or EPOCHS[data], True if batch_norm else None, train_samples)
+    def of(
+        data: str, root: Path | None, epochs: int | None, batch_norm: bool, train_samples: int | None, device: str
+    ) -> Plan:  # fmt: skip
+        other = None if device == "cpu" else device
+        return Plan(data, root, epochs or EPOCHS[data], True if batch_norm else None, train_samples, other)
+
+    @property
+    def place(self) -> str:
+        """Where networks are trained and steps timed."""
+        return self.device or "cpu"
 
     def record(self) -> dict[str, Any]:
         """What two runs must share to be one benchmark."""
@@ -101,7 +111,7 @@ def settings(data: str, method: str) -> list[dict[str, Any]]:
 
 
 def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, list[float]]:
-    """CPU seconds of a step of every setting that a method may take, measured in turns; stages by their shares.
+    """Seconds of a step of every setting that a method may take, measured in turns; stages by their shares.
 
     Settings that differ only in rates and weights cost the same, and are measured once.
     """
@@ -115,7 +125,10 @@ def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, 
             names.setdefault(method, []).append(name)
             cases.setdefault(name, plan.config(method, setting, max(4, plan.epochs), 0))
     data = load(next(iter(cases.values())).data, ("train", "selection"))
-    measured = {cost.name: cost.seconds.median for cost in measure(list(cases.items()), data, repeats=7).steps}
+    measured = {
+        cost.name: cost.seconds.median
+        for cost in measure(list(cases.items()), data, repeats=7, device=plan.place).steps
+    }
     found = {}
     for name, config in cases.items():
         shares = STAGE_SHARES.get(config.method, {"": 1.0})
