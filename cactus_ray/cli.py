@@ -307,6 +307,9 @@ def train(
     ),
     set_: Set = None,
     init: Init = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: what a study of --trial trained on, else cpu.")
+    ] = None,
     trust_code: TrustCode = False,
     as_json: Json = False,
 ) -> None:
@@ -319,7 +322,7 @@ def train(
     if trial is not None and set_:
         raise UserError(f"--set: got {set_[0]!r}; expected nothing beside --trial, which repeats a trial as it was")
     training = of_trial(trial, init) if trial is not None else of_space(space or Path(), _overrides(set_))
-    run_train(out, training, to, init=init, trust_code=trust_code, as_json=as_json)
+    run_train(out, training, to, init=init, trust_code=trust_code, as_json=as_json, device=device)
 
 
 @app.command()

@@ -36,17 +36,20 @@ from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
 from cactus_ray.verification.cascade import SoundnessError, VerificationSettings
 
+DEVICES = ("cpu", "cuda")
 BATCH_OF_RESULTS = 20
 """Samples at once where results are recorded: what a killed run loses at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One configuration to train, on so many threads. ``sha256``: of the network that a study made of it, or None."""
+    """One configuration to train, on so many threads. ``sha256``: of the network that a study made of it, or None;
+    ``device``: where it was trained, or where a network is trained unless somebody says otherwise."""
 
     config: RunConfig
     threads: int
     sha256: str | None = None
+    device: str = "cpu"
 
 
 def of_space(space_file: Path, overrides: Mapping[str, str]) -> Training:
@@ -73,20 +76,35 @@ def of_trial(text: str, init: Path | None) -> Training:
     if found != wanted:
         what = "no --init" if wanted is None else f"--init with the network of SHA-256 {wanted}"
         raise UserError(f"--init: got {init and str(init)!r}; expected {what}, as the study of {text} was started")
-    return Training(parse(RunConfig, trial.config), space.resources.threads, trial.sha256)
+    device = "cuda" if space.resources.gpus_per_worker > 0 else "cpu"
+    return Training(parse(RunConfig, trial.config), space.resources.threads, trial.sha256, device)
+
+
+def device_of(asked: str | None, training: Training) -> str:
+    """Where to train: what was asked for, else where the study did. ConfigError for a device that is not there."""
+    if asked not in (None, *DEVICES):
+        raise ConfigError("--device", asked, " or ".join(DEVICES))
+    device = asked or training.device
+    if device == "cuda" and not torch.cuda.is_available():
+        why = "torch sees no CUDA device" if asked else "the study trained on GPUs, and torch sees no CUDA device here"
+        raise ConfigError("--device", device, f"cpu: {why}")
+    return device
 
 
 def train(
-    console: Console, training: Training, to: Path, *, init: Path | None, trust_code: bool, as_json: bool
-) -> None:
+    console: Console, training: Training, to: Path, *, init: Path | None, trust_code: bool, as_json: bool,
+    device: str | None = None,
+) -> None:  # fmt: skip
     """Train one configuration and write its network files: ``to`` as ``train.keep`` says, and beside it the best (on
-    selection) or the last one. Of a trial, say whether the network is the study's, byte by byte.
+    selection) or the last one. Of a trial, say whether the network is the study's, byte by byte. ``device``: cpu or
+    cuda (``device_of``).
 
     Raises RunFailedError where the loss is not finite.
     """
     config = training.config
     if to.suffix != ".safetensors":
         raise UserError(f"--out: got {str(to)!r}; expected a file name that ends in .safetensors")
+    place = device_of(device, training)
     start = load_network(init) if init else None
     data = load(config.data, ("train", "selection"))
     torch.set_num_threads(training.threads)
@@ -100,7 +118,7 @@ def train(
             return True
 
         try:
-            result = run_loop(config, data, report=report, init=start, trust_code=trust_code)
+            result = run_loop(config, data, report=report, init=start, trust_code=trust_code, device=place)
         except NonFiniteLossError as error:
             raise RunFailedError(f"training: {error}") from error
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -109,13 +127,14 @@ def train(
     save(result.best if other == "best" else result.last, to.with_suffix(f".{other}.safetensors"))
     same = training.sha256 and hashlib.sha256(pack(result.network)).hexdigest() == training.sha256
     summary_ = {"network": str(to), "config_hash": config.config_hash, **result.history[-1], "seconds": result.seconds}
+    summary_["device"] = place
     summary_ |= {} if same is None else {"same_network": same}
     if as_json:
         console.print_json(json.dumps(summary_))
         return
-    console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s", highlight=False)
+    console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s on {place}", highlight=False)
     if same is not None:
-        other = "another network than the study's: the same bytes need its machine type, threads and workers"
+        other = "another network than the study's: the same bytes need its machine type, device, threads and workers"
         console.print("the network of the study, byte by byte" if same else other, highlight=False)
 
 

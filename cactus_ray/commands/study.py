@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cactus_ray.commands.report import space_of
 from cactus_ray.errors import ConfigError, UserError
@@ -69,6 +72,40 @@ def explain(console: Console, run: Path, trial: str, *, as_json: bool) -> None:
         lines += _point_lines(point)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if "rung" in found and found["status"] != "completed":
+        _print_rung(console, trial, found["rung"])
+
+
+def _print_rung(console: Console, trial: str, rung: Mapping[str, Any]) -> None:
+    """What was compared at a trial's last rung: a column per trial, this one first, then those that stood better."""
+    now = rung.get("now")
+    words = f"rung {rung['rung']:g}: {rung['rank']} of {rung['of']} when it came"
+    words += f", {now['rank']} of {now['of']} by now" if now else ""
+    words += ", and went on" if rung["went_on"] else ""
+    words += f" (by fronts, and within a front by {rung['ranking'].replace('_', ' ')})"
+    if rung["front"] is None:
+        words += "; not compared, because a value is missing or not finite"
+    console.print(words, highlight=False, markup=False, soft_wrap=True)
+    own = {"trial": trial, **rung, **(now or {})}
+    columns = [own, *rung["better"][:SHOWN_RIVALS]]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("compared", overflow="fold")
+    table.add_column("better is", no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column["trial"]), justify="right", no_wrap=True)
+    rows = [("rank", "", [str(c["rank"]) for c in columns])]
+    rows += [("front", "", ["-" if c["front"] is None else str(c["front"] + 1) for c in columns])]
+    for name, goal in rung["goals"].items():
+        rows += [(name, "more" if goal == "maximize" else "less", [_value(c["values"].get(name)) for c in columns])]
+    rows += [("share of its epochs", "less", [f"{c['progress']:.0%}" for c in columns])]
+    rows += [(f"dominates {trial}", "", ["", *("yes" if c["dominates"] else "no" for c in columns[1:])])]
+    for heading, better, cells in rows:
+        table.add_row(Text(heading), better, *map(Text, cells))
+    console.print(table)
+
+
+def _value(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.6g}"
 
 
 def _point_lines(point: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
-from cactus_ray.report import again, figures, insight, tables
+from cactus_ray.report import again, figures, insight, ledger, tables
 from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
 from cactus_ray.search.replicates import seen_again
@@ -53,6 +53,7 @@ def render(run: Path, space: Space, records: Records) -> str:
     importances_, importance_note = _importances(space, records)
     charts = _charts(space, records, points, importances_)
     seconds = tables.seconds_by_trial(records)
+    ledger_columns, ledger_rows = ledger.ledger_table(space, records)
     context = {
         "name": space.name,
         "status": _status(records),
@@ -70,6 +71,8 @@ def render(run: Path, space: Space, records: Records) -> str:
         "importance_note": importance_note,
         "cost_words": _cost_words(space, records, seconds),
         "training": [{"id": f"training-{m}", "title": t} for m, t in PROXIES.items() if f"training-{m}" in charts],
+        "ledger_columns": ledger_columns,
+        "ledger_rows": ledger_rows,
         "losses": tables.lost_trials(records),
         "trials": tables.trial_rows(space, records),
         "trial_columns": tables.trial_columns(space),

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cactus_ray.report.again import again_notes
 from cactus_ray.report.figures import Point, size_text, upper_end
+from cactus_ray.report.ledger import ledger_json
 from cactus_ray.report.progress import StudyProgress
 from cactus_ray.report.tables import ledger_text, packing_text, seconds_by_trial, spent_hours
 from cactus_ray.search.replicates import seen_again
@@ -152,8 +153,8 @@ def _trial_json(space: Space, trial: TrialRecord) -> dict[str, Any]:
     return {
         "trial": trial.id, "status": trial.status, "epochs": len(trial.epochs), "levels": len(space.levels),
         "levels_verified": len(trial.verdicts), "verdicts": _verdicts(trial), "train_seconds": trial.train_seconds,
-        "verifier_seconds": trial.ledger, "error": trial.error, "parameters": trial.parameters,
-        "metrics": trial.metrics,
+        "verifier_seconds": trial.ledger, "ledger": ledger_json(space, trial), "error": trial.error,
+        "parameters": trial.parameters, "metrics": trial.metrics,
     }  # fmt: skip
 
 

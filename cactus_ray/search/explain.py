@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.compared import last_rung
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import losses
 from cactus_ray.search.records import Records, TrialRecord
@@ -22,7 +23,7 @@ def explain(space: Space, records: Records, trial: str) -> Row:
     """What became of a trial, as plain data: ``status``, ``reason``, ``constraints`` (violation by name, more than 0 is
     not met), and per point ``on_front`` or the front's points that dominate it, with what they gain per column; with
     replicates and fresh samples what they say of it (``replicates.seen_again``). Points of a replicate stand beside
-    those of the trial that it repeats.
+    those of the trial that it repeats. ``rung``, where it came to one: with whom it was compared (``compared``).
 
     Raises UserError for a trial that the run does not have.
     """
@@ -34,6 +35,8 @@ def explain(space: Space, records: Records, trial: str) -> Row:
         "trial": trial, "status": record.status, "origin": record.origin, "note": record.note,
         "reason": _reason(record), "parameters": dict(record.parameters),
     } | _repeats(record)  # fmt: skip
+    compared = last_rung(space, records, record)
+    found |= {} if compared is None else {"rung": compared}
     if record.status != "completed":
         return found | {"constraints": {}, "points": []}
     points = seen_again(records, with_front(records, space.front), space.front)

@@ -198,6 +198,15 @@ class Halving:
         front = place.fronts.add(np.array([*row, progress]))
         return front, place.fronts.ahead_of(front) + 1
 
+    def ranked(self, rung: float) -> list[tuple[str, int]]:
+        """The trials that were compared by objectives at a rung, best first, each with its front."""
+        place = self._rungs[rung]
+        return [
+            (place.trials[number], front)
+            for front in range(len(place.fronts.fronts))
+            for number in place.order(front, self.rules.ranking)
+        ]
+
     # --- state
 
     def take_up(self, decisions: Iterable[Decision]) -> None:

@@ -5,10 +5,10 @@
     .venv/bin/python tests/benchmarks/bench_methods.py --show tests/benchmarks/results/methods_mnist.json
 
 Budget: ``--epochs`` of plain SABR; every other method gets as many epochs as cost the same CPU seconds (steps of every
-stage, of the warm-up and of the ramp are timed in turns at the start, the epochs kept). ``--tune N``: SABR and CACTUS
-(``--tuned``) each try N settings, a third of the budget each, with a seed of their own; the best mean over the levels
-of certified accuracy on the selection split is taken (by the cascade with CROWN, 500 images). All other methods take
-SABR's choice. Every level is deployed with or without ``rebn``, whichever has the higher IBP-certified accuracy on the
+stage, of the warm-up and of the ramp are timed in turns at the start, the epochs kept), or seconds with ``--device
+cuda``. ``--tune N``: SABR and CACTUS (``--tuned``) each try N settings, a third of the budget each, with a seed of
+their own; the best mean over the levels of certified accuracy on the selection split is taken (by the cascade with
+CROWN, 500 images). All other methods take SABR's choice. Every level is deployed with or without ``rebn``, whichever has the higher IBP-certified accuracy on the
 selection split; without batch norm, and at ``dense``, there is nothing to choose.
 
 Measured on the test split: plain and IBP-certified accuracy on all images (float64), the cascade (attack, IBP, CROWN,
@@ -69,13 +69,14 @@ class Store:
         partial.replace(self.path)
 
 
-def trained(folder: Path, config: RunConfig, name: str) -> tuple[Network, dict[str, float]]:
+def trained(folder: Path, config: RunConfig, name: str, device: str) -> tuple[Network, dict[str, float]]:
     """The network, and the seconds of its training by the clock and of the processor; trained unless it is there."""
     file, note = folder / f"{name}.safetensors", folder / f"{name}.json"
     if not note.exists():
         print(f"{name}: training, {config.train.epochs} epochs", flush=True)
         begun = time.process_time()
-        result = train(config, load(config.data, ("train", "selection")), report=lambda epoch: True)
+        data = load(config.data, ("train", "selection"))
+        result = train(config, data, report=lambda epoch: True, device=device)
         spent = {"seconds": round(result.seconds, 1), "cpu_seconds": round(time.process_time() - begun, 1)}
         save(result.network, file)
         note.write_text(json.dumps(spent | {"config_hash": config.config_hash}))
@@ -95,7 +96,7 @@ def tuned(store: Store, plan: Plan, method: str, count: int, folder: Path) -> di
             if rows[index]["config_hash"] != config.config_hash:
                 raise SystemExit(f"{store.path}: setting {index} of {method} is of another configuration; remove it")
             continue
-        network, spent = trained(folder, config, f"{plan.data}-{method}-tune{index}")
+        network, spent = trained(folder, config, f"{plan.data}-{method}-tune{index}", plan.place)
         by_level = selection_scores(network, config, LEVELS[plan.data])
         score = sum(by_level.values()) / len(by_level)
         row = {"setting": setting, "epochs": epochs, **spent, "config_hash": config.config_hash, "score": score}
@@ -164,7 +165,7 @@ def run(asked: argparse.Namespace, store: Store, plan: Plan) -> None:
             epochs = epochs_of(plan, store.found["step_seconds"], method, pick["setting"])
             config = plan.config(method, pick["chosen"], epochs, seed)
             name = f"{method}-{seed}"
-            network, spent = trained(asked.out, config, f"{plan.data}-{name}")
+            network, spent = trained(asked.out, config, f"{plan.data}-{name}", plan.place)
             row = {
                 "method": method, "seed": seed, "setting": pick["setting"], "epochs": epochs, **spent,
                 "config_hash": config.config_hash, "config": config.to_dict() | {"data": {"name": plan.data}},
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--branch-samples", type=int, default=0, help="of these, for branch and bound")
     parser.add_argument("--batch-norm", action="store_true", help="cnn_small with batch norm")
     parser.add_argument("--train-samples", type=int, help="train on a fixed subset of this size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where networks are trained and timed")
     parser.add_argument("--show", type=Path, help="only print the tables of such a file")
     asked = parser.parse_args()
     if asked.show:
@@ -200,7 +202,9 @@ def main() -> None:
         parser.error("--out FOLDER is missing")
     asked.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    plan = Plan.of(asked.data, asked.root, asked.epochs, asked.batch_norm, asked.train_samples)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    plan = Plan.of(asked.data, asked.root, asked.epochs, asked.batch_norm, asked.train_samples, asked.device)
     store = Store(asked.results or asked.out / f"methods_{asked.data}.json", plan.record())
     run(asked, store, plan)
     methods_table.show(store.found, REFERENCE)

@@ -100,10 +100,13 @@ def measured(kind: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     methods.METHODS["cactus"] = plain_pair if kind == "plain" else ours
     begun = time.process_time()
     try:
-        result = train(config, load(config.data, ("train", "selection")), report=lambda epoch: True)
+        data = load(config.data, ("train", "selection"))
+        result = train(config, data, report=lambda epoch: True, device=asked.device)
     finally:
         methods.METHODS["cactus"] = ours
-    spent = {"cpu_seconds": round(time.process_time() - begun, 1), "config_hash": config.config_hash}
+    seconds = {"cpu_seconds": round(time.process_time() - begun, 1)}
+    seconds = seconds if asked.device == "cpu" else {"seconds": round(result.seconds, 1)}
+    spent = {**seconds, "config_hash": config.config_hash}
     images, labels = load(config.data, ("test",)).split("test")
     found = {}
     for level in LEVELS:
@@ -131,8 +134,10 @@ def show(found: dict[str, Any], kind: str) -> None:
             verdict += "" if mean - half > -TARGET or mean < -TARGET else ", the interval reaches below"
         cells = [" ".join((f"{_mean(v, 1):.2f}", f"({_mean(v, 0):.2f})")) for v in (cheap, plain)]
         print(f"| `{level}` | {cells[0]} | {cells[1]} | {text} | {verdict} |")
-    ratio = statistics.mean(rows[f"{kind}-{s}"]["cpu_seconds"] / rows[f"plain-{s}"]["cpu_seconds"] for s in seeds)
-    print(f"\nCPU seconds of training, {kind} over plain: {ratio:.2f}")
+    clock = "seconds" if "device" in found["plan"] else "cpu_seconds"
+    ratio = statistics.mean(rows[f"{kind}-{s}"][clock] / rows[f"plain-{s}"][clock] for s in seeds)
+    words = f"Seconds of training on {found['plan']['device']}" if clock == "seconds" else "CPU seconds of training"
+    print(f"\n{words}, {kind} over plain: {ratio:.2f}")
 
 
 def _mean(values: list[Any], place: int) -> float:
@@ -147,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--train-samples", type=int, help="train on a fixed subset of this size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where networks are trained")
     parser.add_argument("--show", type=Path, help="only print the table of such a file")
     asked = parser.parse_args()
     if asked.show:
@@ -157,7 +163,10 @@ def main() -> None:
     if asked.root is None or asked.results is None:
         parser.error("--root FOLDER and --results FILE are needed")
     torch.set_num_threads(1)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
     plan = {"epochs": asked.epochs} | ({"train_samples": asked.train_samples} if asked.train_samples else {})
+    plan |= {} if asked.device == "cpu" else {"device": asked.device}
     found: dict[str, Any] = {"plan": plan, "networks": {}}
     if asked.results.exists():
         found = json.loads(asked.results.read_text())

@@ -62,17 +62,27 @@ def settings(data: str, method: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What all runs of a benchmark share. ``epochs``: of plain SABR; ``batch_norm``: None for the model's own."""
+    """What all runs of a benchmark share. ``epochs``: of plain SABR; ``batch_norm``: None for the model's own;
+    ``device``: None for the CPU."""
 
     data: str
     root: Path | None
     epochs: int
     batch_norm: bool | None = None
     train_samples: int | None = None
+    device: str | None = None
 
     @staticmethod
-    def of(data: str, root: Path | None, epochs: int | None, batch_norm: bool, train_samples: int | None) -> Plan:
-        return Plan(data, root, epochs or EPOCHS[data], True if batch_norm else None, train_samples)
+    def of(
+        data: str, root: Path | None, epochs: int | None, batch_norm: bool, train_samples: int | None, device: str
+    ) -> Plan:  # fmt: skip
+        other = None if device == "cpu" else device
+        return Plan(data, root, epochs or EPOCHS[data], True if batch_norm else None, train_samples, other)
+
+    @property
+    def place(self) -> str:
+        """Where networks are trained and steps timed."""
+        return self.device or "cpu"
 
     def record(self) -> dict[str, Any]:
         """What two runs must share to be one benchmark."""
@@ -103,7 +113,7 @@ def _known(method: str) -> set[str]:
 
 
 def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, list[float]]:
-    """CPU seconds of the mean step of every setting that a method may take, measured in turns.
+    """Seconds of the mean step of every setting that a method may take, measured in turns.
 
     Stages, warm-up and ramp count by their shares of the epochs, as in ``search --dry-run``.
 
@@ -119,7 +129,7 @@ def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, 
             names.setdefault(method, []).append(name)
             cases.setdefault(name, plan.config(method, setting, max(4, plan.epochs), 0))
     data = load(next(iter(cases.values())).data, ("train", "selection"))
-    costs = measure(list(cases.items()), data, repeats=7, whole=True)
+    costs = measure(list(cases.items()), data, repeats=7, whole=True, device=plan.place)
     found = {name: costs.of_training(name).median for name in cases}
     return {method: [found[name] for name in mine] for method, mine in names.items()}
 

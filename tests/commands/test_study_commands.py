@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from cactus_ray import cli
@@ -22,7 +23,7 @@ from cactus_ray.models.network import pack
 from cactus_ray.search.chunks import ChunkResult, LevelResult
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import Space, parse_space
-from cactus_ray.search.store import Records, RunStore
+from cactus_ray.search.store import Records, RunStore, read_records
 from cactus_ray.search.study import Study
 from cactus_ray.training import bench
 from cactus_ray.training.loop import train
@@ -100,6 +101,48 @@ def test_what_cannot_be_repeated_is_refused(
     assert hint in err
 
 
+def test_a_trial_is_trained_where_its_study_trained_unless_said_otherwise(
+    space: Space, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = tmp_path / "gpus"
+    gpus.mkdir()
+    (gpus / "trials.jsonl").write_bytes((run / "trials.jsonl").read_bytes())
+    plain = {**space.to_dict(), "resources": {**space.to_dict()["resources"], "gpus_per_worker": 0.5}}
+    (gpus / "space.yaml").write_text(yaml.safe_dump(plain))
+    single = importlib.import_module("cactus_ray.commands.single")
+    inner, devices = single.run_loop, []
+
+    def watched(*arguments: Any, device: str, **rest: Any) -> Any:
+        devices.append(device)
+        return inner(*arguments, **rest)  # here, whatever was asked for
+
+    monkeypatch.setattr(single, "run_loop", watched)
+
+    def pretend(cuda: bool) -> None:
+        seen = SimpleNamespace(is_available=lambda: cuda)
+        fake = SimpleNamespace(cuda=seen, set_num_threads=torch.set_num_threads)
+        monkeypatch.setattr(single, "torch", fake)
+
+    pretend(cuda=True)
+    for folder, more in ((run, []), (gpus, []), (gpus, ["--device", "cpu"]), (run, ["--device", "cuda"])):
+        to = tmp_path / "again.safetensors"
+        status, out, err = cactus_ray(capsys, "train", "--trial", folder / "t0001", "--out", to, "--json", *more)
+        assert status == 0, err
+        assert json.loads(out)["device"] == devices[-1]
+    assert devices == ["cpu", "cuda", "cpu", "cuda"]
+    pretend(cuda=False)
+    for folder, more, hint in (
+        (gpus, [], "--device: got 'cuda'; expected cpu: the study trained on GPUs, and torch sees no CUDA device here"),
+        (run, ["--device", "cuda"], "--device: got 'cuda'; expected cpu: torch sees no CUDA device"),
+        (run, ["--device", "tpu"], "--device: got 'tpu'; expected cpu or cuda"),
+    ):
+        out_file = tmp_path / "x.safetensors"
+        status, _, err = cactus_ray(capsys, "train", "--trial", folder / "t0001", "--out", out_file, *more)
+        assert status == 2
+        assert hint in err
+        assert not out_file.exists()
+
+
 def test_suggestions_are_queued_and_bad_ones_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = cactus_ray(capsys, "suggest", run, "--set", "learning_rate=0.004", "--set", "method=ibp", "--json")
     assert (status, json.loads(out)["values"]) == (0, {"learning_rate": 0.004, "method": "ibp"})
@@ -123,6 +166,33 @@ def test_explain_says_what_became_of_a_trial(run: Path, capsys: pytest.CaptureFi
     assert "t0001: complete" in out
     assert "dense: on the front" in out
     assert cactus_ray(capsys, "explain", run, "t0404")[0] == 2
+
+
+def test_explain_shows_what_was_compared_at_a_rung(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search_ = {"trials": 9, "sampler": "random", "scheduler": {"name": "asha", "promote": False}}
+    space = parse_space({**SPACE, "train": {"epochs": 9}, "search": search_}, "tiny.yaml")
+    study = Study(space, RunStore(tmp_path), Records(), [0, 1])
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+    study.begin({"name": "tiny", "seed": 0, "init": None}, REFERENCE)
+    for quality in (0.75, 0.5, 0.25):
+        start = study.next_trial()
+        assert start is not None
+        metrics = dict.fromkeys(study.rungs.halving.rules.goals, quality)
+        for epoch in range(1, 9):
+            if not study.epoch(start.id, epoch, 9, metrics):
+                study.stopped(start.id, seconds=1.0)
+                break
+    stopped = [name for name, trial in read_records(tmp_path).trials.items() if trial.status == "stopped"]
+    assert stopped
+    status, out, _ = cactus_ray(capsys, "explain", tmp_path, stopped[0])
+    assert status == 0
+    text = " ".join(out.split())
+    assert "when it came" in text
+    assert "standard_accuracy@dense more 0.25 0.75" in text or "standard_accuracy@dense more 0.5 0.75" in text
+    assert f"dominates {stopped[0]} yes" in text
+    found = json.loads(cactus_ray(capsys, "explain", tmp_path, stopped[0], "--json")[1])
+    assert found["rung"]["better"][0]["trial"] == "t0001"
+    assert found["rung"]["better"][0]["values"]["standard_accuracy@dense"] == 0.75
 
 
 def test_the_dashboard_is_optional_and_gets_a_copy(

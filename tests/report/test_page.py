@@ -130,6 +130,14 @@ def test_failed_and_stopped_trials_are_listed_and_never_on_the_front(finished: P
     assert "t0004" not in losses
 
 
+def test_every_trial_that_cost_anything_is_in_the_ledger(finished: Path) -> None:
+    text, _ = read(finished / "report.html")
+    table = text[text.index('id="ledger"') : text.index("</table>", text.index('id="ledger"'))]
+    for heading in ("training s", "attack s", "overhead s", "CPU s"):
+        assert f">{heading}<" in table
+    assert table.count("<tr>") == 1 + len(read_records(finished).trials)
+
+
 def test_commands_name_trial_and_level(finished: Path) -> None:
     pres = " ".join(data for tag, data in read(finished / "report.html")[1].texts if tag == "pre")
     assert (

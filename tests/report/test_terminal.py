@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from studies import events, small_space, write_run
 
+from cactus_ray.report.ledger import Spent, ledger_of, ledger_table
+from cactus_ray.report.tables import spent_hours
 from cactus_ray.report.terminal import StudyProgress, front_table, print_front, print_status, status_table, to_json
+from cactus_ray.search.space import load_space
 from cactus_ray.search.store import Records, read_records, with_front
 
 
@@ -75,6 +79,31 @@ def test_front_as_json(run: Path) -> None:
     assert {row["trial"] for row in found["front"]} <= {"t0001", "t0004", "t0005", "t0006"}
 
 
+def test_the_ledger_of_trials_adds_up_to_what_limits_are_held_against(run: Path) -> None:
+    space, records = load_space(run / "space.yaml"), read_records(run)
+    asked = replace(
+        space.resources, workers=2, cpus_per_worker=3.0, gpus_per_worker=0.5, cpus_per_verifier=2.0,
+        gpus_per_verifier=0.25,
+    )  # fmt: skip
+    shared = replace(space, resources=asked)
+    records.trials["t0001"].gpus = 0.25  # it shared a GPU
+    found = [s for trial in records.trials.values() for s in ledger_of(shared, trial).values()]
+    hours = spent_hours(shared, records)
+    assert sum(s.cpu_seconds for s in found) == pytest.approx(3600 * hours["of CPUs"])
+    assert sum(s.gpu_seconds for s in found) == pytest.approx(3600 * hours["of GPUs"])
+    first = ledger_of(shared, records.trials["t0001"])
+    assert list(first) == ["training", "attack", "ibp", "overhead"]
+    assert first["training"] == Spent(9.0, 54.0, 4.5)
+    assert first["attack"] == Spent(0.9, 1.8, 0.225)
+    columns, rows = ledger_table(shared, records)
+    assert [c.heading for c in columns] == [
+        "trial", "training s", "attack s", "ibp s", "overhead s", "CPU s", "GPU s",
+    ]  # fmt: skip
+    assert [cell.shown for cell in rows[1]] == ["t0002", "2.5", "0.0", "0.0", "0.0", "15.0", "2.5"]
+    assert "GPU s" not in [c.heading for c in ledger_table(space, read_records(run))[0]]
+    assert ledger_table(space, Records()) == ([columns[0], columns[5]], [])
+
+
 def test_status_as_json(run: Path) -> None:
     where = console()
     print_status(where, run, read_records(run), as_json=True)
@@ -85,6 +114,8 @@ def test_status_as_json(run: Path) -> None:
     assert trials["t0002"]["metrics"] == {}
     assert (trials["t0001"]["levels_verified"], trials["t0001"]["verdicts"]) == (3, 300)
     assert trials["t0001"]["verifier_seconds"] == {"attack": 0.9, "ibp": 0.5, "overhead": 0.1}
+    assert trials["t0001"]["ledger"]["training"] == {"seconds": 9.0, "cpu_seconds": 9.0, "gpu_seconds": 0.0}
+    assert set(trials["t0002"]["ledger"]) == {"training"}
 
 
 def test_front_of_an_empty_run(tmp_path: Path) -> None:

@@ -66,6 +66,69 @@ def test_trials_that_did_not_complete_say_why(space: Space, tmp_path: Path) -> N
         explain(space, records, "t0099")
 
 
+def at_rung(tmp_path: Path, promote: bool) -> tuple[Space, list[str]]:
+    """Five trials at the rung of one epoch, all in one front; the fourth is ahead, the last lacks values."""
+    search = {"trials": 9, "sampler": "random", "scheduler": {"name": "asha", "promote": promote}}
+    space = parse_space({**SPACE, "train": {"epochs": 30}, "search": search}, "course.yaml")
+    study = begin(space, tmp_path)
+    names = []
+    for quality in (0.5, 0.4, 0.3, 0.9, None):
+        while (start := started(study)).id in names:
+            pass  # promoted, and trains on
+        names.append(start.id)
+        metrics = dict.fromkeys(study.rungs.halving.rules.goals, quality)
+        metrics["ibp_certified_accuracy@dense"] = None if quality is None else 0.7 - quality
+        if not study.epoch(start.id, 1, 30, metrics):
+            study.waits(start.id, 1, seconds=1.0)
+    return space, names
+
+
+def test_a_stopped_trial_names_what_was_compared_and_who_stood_better_then(tmp_path: Path) -> None:
+    space, names = at_rung(tmp_path, promote=False)
+    records = read_records(tmp_path)
+    found = explain(space, records, names[2])
+    assert found["status"] == "stopped"
+    rung = found["rung"]
+    assert (rung["rung"], rung["rank"], rung["of"], rung["front"], rung["went_on"]) == (1.0, 3, 3, 0, False)
+    assert rung["goals"] == dict.fromkeys(rung["values"], "maximize")
+    assert rung["values"]["standard_accuracy@int8"] == 0.3
+    assert rung["values"]["ibp_certified_accuracy@dense"] == pytest.approx(0.4)
+    assert [(b["trial"], b["rank"], b["front"], b["dominates"]) for b in rung["better"]] == [
+        (names[0], 1, 0, False), (names[1], 2, 0, False),
+    ]  # fmt: skip
+    assert rung["better"][0]["values"]["standard_accuracy@int8"] == 0.5
+    assert "now" not in rung
+    lacking = explain(space, records, names[4])["rung"]
+    assert (lacking["front"], lacking["values"]["standard_accuracy@dense"], len(lacking["better"])) == (None, None, 4)
+
+
+def test_a_waiting_trial_is_compared_with_all_that_came_by_now(tmp_path: Path) -> None:
+    space, names = at_rung(tmp_path, promote=True)
+    records = read_records(tmp_path)
+    found = explain(space, records, names[2])
+    assert found["status"] == "waiting"
+    rung = found["rung"]
+    assert (rung["rank"], rung["of"]) == (3, 3)
+    assert rung["now"] == {"rank": 4, "front": 0, "of": 5}
+    assert [b["trial"] for b in rung["better"]] == [names[3], names[0], names[1]]
+    assert explain(space, records, names[3])["rung"]["better"] == []
+
+
+def test_those_that_dominate_a_trial_are_named_first(tmp_path: Path) -> None:
+    search = {"trials": 9, "sampler": "random", "scheduler": {"name": "asha", "promote": False}}
+    space = parse_space({**SPACE, "train": {"epochs": 30}, "search": search}, "course.yaml")
+    study = begin(space, tmp_path)
+    names = []
+    for other, quality in ((0.9, 0.1), (0.5, 0.5), (0.4, 0.4)):
+        names.append(started(study).id)
+        goals = study.rungs.halving.rules.goals
+        metrics = {goal: other if goal.startswith("standard") else quality for goal in goals}
+        study.epoch(names[-1], 1, 30, metrics)
+    rung = explain(space, read_records(tmp_path), names[2])["rung"]
+    assert (rung["front"], rung["rank"]) == (1, 3)
+    assert [(b["trial"], b["dominates"]) for b in rung["better"]] == [(names[1], True), (names[0], False)]
+
+
 def test_only_networks_that_can_matter_are_kept(space: Space, tmp_path: Path) -> None:
     study = begin(space, tmp_path)
     bad = complete(study, "FALSIFIED", measures=MEASURES)
