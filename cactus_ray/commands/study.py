@@ -140,7 +140,11 @@ def dashboard(console: Console, run: Path, port: int) -> None:
     with tempfile.TemporaryDirectory(prefix="cactus-ray-") as folder:
         file = Path(folder, "study.journal")
         write_storage(space, records, file)
-        console.print(f"{run} as it is now: http://localhost:{port} (Ctrl-C ends it)", highlight=False, markup=False)
+        text = f"{run} as it is now: http://localhost:{port} (Ctrl-C ends it)"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
         from cactus_ray.search.warm import open_storage
 
-        library.run_server(open_storage(str(file)), host="localhost", port=port)
+        try:
+            library.run_server(open_storage(str(file)), host="localhost", port=port)
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}; expected a free port, such as --port 8081") from error

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +225,52 @@ def test_the_dashboard_is_optional_and_gets_a_copy(
     monkeypatch.setattr(importlib, "import_module", lambda name: fake if name == "optuna_dashboard" else real(name))
     status, _, _ = cactus_ray(capsys, "dashboard", run, "--port", "8123")
     assert (status, shown) == (0, [("tiny", "localhost", 8123)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna_dashboard") is None, reason="optuna-dashboard is not installed")
+def test_the_dashboard_serves_a_run_on_this_machine_alone(
+    run: Path, space: Space, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        status, _, err = cactus_ray(capsys, "dashboard", run, "--port", port)
+        assert (status, f"--port {port}: Address already in use" in err) == (2, True)
+    command = [sys.executable, "-c", "from cactus_ray.cli import main; main()", "dashboard", str(run)]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert f"http://localhost:{port}" in server.stdout.readline()
+        answer = fetched(f"http://localhost:{port}/api/studies", seconds=60)
+        (summary,) = json.loads(answer)["study_summaries"]
+        assert (summary["study_name"], summary["directions"]) == ("tiny", [o.goal for o in space.objectives])
+        study = json.loads(fetched(f"http://localhost:{port}/api/studies/{summary['study_id']}?after=0"))
+        assert [trial["state"] for trial in study["trials"]] == ["Complete"]
+        assert study["objective_names"] == [o.metric for o in space.objectives]
+        assert "<title>Optuna Dashboard" in fetched(f"http://localhost:{port}/dashboard")
+        for _ in range(6):  # in the middle of an answer, Python's server takes Ctrl-C for a fault of that answer alone
+            server.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert server.wait(10) == 0
+                break
+    finally:
+        server.kill()
+        server.communicate()
+    assert server.returncode == 0
+
+
+def fetched(url: str, seconds: float = 10.0) -> str:
+    """What a server answers, which may still be starting."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=seconds) as answer:
+                return str(answer.read().decode())
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def test_a_run_is_resumed_by_its_name_with_its_own_space(
