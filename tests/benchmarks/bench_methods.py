@@ -8,8 +8,9 @@ Budget: ``--epochs`` of plain SABR; every other method gets as many epochs as co
 stage, of the warm-up and of the ramp are timed in turns at the start, the epochs kept), or seconds with ``--device
 cuda``. ``--tune N``: SABR and CACTUS (``--tuned``) each try N settings, a third of the budget each, with a seed of
 their own; the best mean over the levels of certified accuracy on the selection split is taken (by the cascade with
-CROWN, 500 images). All other methods take SABR's choice. Every level is deployed with or without ``rebn``, whichever has the higher IBP-certified accuracy on the
-selection split; without batch norm, and at ``dense``, there is nothing to choose.
+CROWN, 500 images). All other methods take SABR's choice. Every level is deployed with or without ``rebn``, whichever
+has the higher IBP-certified accuracy on the selection split; without batch norm, and at ``dense``, there is nothing to
+choose.
 
 Measured on the test split: plain and IBP-certified accuracy on all images (float64), the cascade (attack, IBP, CROWN,
 float32 charged) on ``--samples`` fixed images, and on ``--branch-samples`` of these branch and bound, 5 s per image.
