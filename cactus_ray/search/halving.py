@@ -204,7 +204,7 @@ class Halving:
         return [
             (place.trials[number], front)
             for front in range(len(place.fronts.fronts))
-            for number in place.order(front, self.rules.ranking)
+            for number in place.order(front, self.rules.ranking).best
         ]
 
     # --- state
