@@ -168,7 +168,8 @@ def _number_of(stages: tuple[Stage, ...], name: str) -> int:
 
 
 def _on_device(tensors: Params, device: str) -> Params:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    """All but whole numbers, which are counters: to read one there would make the host wait for the device."""
+    return {name: tensor.to(device) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
