@@ -445,13 +445,14 @@ def bench_train(
     repeats: Annotated[int, typer.Option(min=1, help="Turns in which all steps are timed.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="With train.compile: step.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time one training step of every method against a plain forward pass, in turns, on random images."""
     from cactus_ray.commands.bench import BenchOptions
     from cactus_ray.commands.bench import bench_train as run_bench
 
-    options = BenchOptions(model, width, image, batch_size, methods, attack_steps, repeats, threads, device)
+    options = BenchOptions(model, width, image, batch_size, methods, attack_steps, repeats, threads, device, compiled)
     run_bench(out, options, as_json=as_json)
 
 

@@ -20,6 +20,7 @@ from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.losses.tail import tail_of
 from cactus_ray.training.methods import STAGES
+from cactus_ray.training.passes import Passes, passes_of
 from cactus_ray.training.precision import refuse_on_cpu
 from cactus_ray.training.stages import WHOLE, Span, Stage, begin, prepared, spans
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
@@ -49,6 +50,7 @@ class Run:
     spans: tuple[Span, ...]  # epochs of the stages
     number: int  # of the stage in which the last epoch was
     auxiliary: Params  # the method's own tensors
+    passes: Passes
     average: Params = field(default_factory=dict)
     averages: int = 0  # networks in the average
     epoch: int = 0
@@ -151,6 +153,7 @@ def start(
         {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
         place, calibration(data)[0].to(place) if config.train.average else images[:0].to(place),
         stages, spans(config.stage_shares, config.train.epochs), number, auxiliary,
+        passes_of(config.train, place),
     )  # fmt: skip
     if saved is not None:
         run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history

@@ -34,6 +34,14 @@ def test_steps_are_compared_with_those_of_sabr_turn_by_turn(capsys: pytest.Captu
         assert list(ratios["mtl_ibp", k].values()) == [expected[1], expected[0], expected[2]]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # hidden by dynamo
+def test_compiled_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cactus_ray.training.passes.BACKEND", "aot_eager")
+    arguments = ["bench", "train", "--model", "mlp", "--image", "1x8x8", "--batch-size", "8", "--repeats", "1"]
+    assert run([*arguments, "--methods", "ibp", "--compile"]) == 0
+    assert "1 threads, compiled passes" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
