@@ -463,6 +463,7 @@ def bench_train(
     repeats: Annotated[int, typer.Option(min=1, help="Turns in which all steps are timed.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="With train.compile: step.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time one training step of every method against a plain forward pass, in turns, on random images."""
@@ -470,8 +471,9 @@ def bench_train(
     from cactus_ray.commands.bench import bench_train as run_bench
 
     options = BenchOptions(
-        model, width, batch_norm, image, batch_size, methods, strategies, attack_steps, repeats, threads, device
-    )
+        model, width, batch_norm, image, batch_size, methods, strategies, attack_steps, repeats, threads, device,
+        compiled,
+    )  # fmt: skip
     run_bench(out, options, as_json=as_json)
 
 

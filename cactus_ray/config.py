@@ -113,13 +113,18 @@ class TrainConfig:
         None, doc="bf16: the attack's convolutions and matrix products in bfloat16, on GPUs; all else is float32",
         choices=("float32", "bf16"),
     )  # fmt: skip
+    compile: str | None = setting(
+        None, doc="step: the passes of a step (attack, clean pass, certified loss) go through torch.compile",
+        choices=("none", "step"),
+    )  # fmt: skip
     proxy_samples: int = setting(512, doc="selection images scored after every epoch (plain and IBP)", minimum=1)
 
     def __post_init__(self) -> None:
         if self.warmup + self.ramp > 1.0 + 1e-9:
             most = f"at most 1 - train.warmup = {1.0 - self.warmup:g}, or epsilon is never reached"
             raise ConfigError("train.ramp", self.ramp, most)
-        for key, off in (("crop_padding", 0), ("flip", False), ("average", "none"), ("precision", "float32")):
+        absent = {"crop_padding": 0, "flip": False, "average": "none", "precision": "float32", "compile": "none"}
+        for key, off in absent.items():
             if getattr(self, key) == off:  # absent and off are the same run
                 object.__setattr__(self, key, None)
         defaults = {"average_from": min(self.warmup + self.ramp, 0.99), "average_decay": 0.999}

@@ -195,7 +195,7 @@ def measured(configs: Sequence[RunConfig], data: DataConfig, trust_code: bool) -
         held = max(held, torch.cuda.max_memory_reserved())
         run = start(config, splits, None, None, Alone(), trust_code, "cuda")
         proxy_accuracies(run.graph, run.kept(), *run.selection, config.threat, Alone())
-        peak = max(peak, torch.cuda.max_memory_allocated(), *(step.peak_bytes for step in costs.steps))
+        peak = max(peak, torch.cuda.max_memory_allocated(), *(step.peak_bytes or 0 for step in costs.steps))
         held = max(held, torch.cuda.max_memory_reserved())
         del run
         gc.collect()

@@ -68,6 +68,7 @@ class BenchOptions:
     repeats: int
     threads: int
     device: str
+    compiled: bool = False
 
 
 def bench_train(console: Console, options: BenchOptions, *, as_json: bool) -> None:
@@ -126,7 +127,7 @@ def _config(
         "data": {"name": "image_folder" if shape[0] == 3 else "mnist", "root": "."},
         "model": {"name": options.model, "width": options.width, **norm},
         "threat": {"epsilon": 0.1 if shape[0] == 1 else 8 / 255},
-        "train": {"batch_size": options.batch_size},
+        "train": {"batch_size": options.batch_size, "compile": "step" if options.compiled else "none"},
         "method": method,
         **({"certified_loss": CERTIFIED_LOSS} if method in METHOD_OPTIONS else {}),
         **({} if attack_steps is None else {"attack_steps": attack_steps}),
@@ -182,13 +183,15 @@ def _print(console: Console, found: Costs, options: BenchOptions) -> None:
             step.name, "" if step.attack_steps is None else str(step.attack_steps), _milliseconds(step.seconds),
             f"{times.median:.1f}", f"{times.low:.1f}-{times.high:.1f}", "" if ideal is None else f"{ideal:.1f}",
             "" if efficiency is None else f"{efficiency:.2f}", "" if ratio is None else f"{ratio.median:.2f}",
-            "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}", f"{step.peak_bytes / 1e6:.0f}",
+            "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
+            "" if step.peak_bytes is None else f"{step.peak_bytes / 1e6:.0f}",
         )  # fmt: skip
     console.print(table)
     norm = {None: "", True: ", batch norm", False: ", no batch norm"}[options.batch_norm]
     console.print(
         f"{options.model} (width {options.width:g}{norm}), batch {options.batch_size} of {options.image},"
-        f" {options.device}, {options.threads} threads, torch {torch.__version__}. F: plain forward, {found.layout};"
+        f" {options.device}, {options.threads} threads{', compiled passes' if options.compiled else ''}, torch"
+        f" {torch.__version__}. F: plain forward, as written, {found.layout};"
         f" medians of {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F;"
         f" x {REFERENCE}: steps of it with the same k, turn by turn; MB: peak of live tensors;"
         " /4: members see a quarter of the batch, under masks that are kept for 10 steps.",

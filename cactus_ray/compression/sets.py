@@ -68,5 +68,7 @@ def _adaptive(graph: Graph, params: Params) -> tuple[float, ...]:
         weights = weights[:: -(-weights.numel() // _SAMPLE)]
         energy = weights.square().sort().values.double().cumsum(0)
         limits = energy[-1] * torch.tensor(_ENERGY, dtype=energy.dtype, device=energy.device)
+        # The host waits for the device here: masks cut at a rank, which is a number on the host. It does so once in
+        # refresh_every steps.
         counts: list[int] = torch.searchsorted(energy, limits, right=True).tolist()
     return tuple(min(count / weights.numel(), _LARGEST) for count in counts)

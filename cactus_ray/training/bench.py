@@ -52,7 +52,8 @@ class StepCost:
     ``forwards``: seconds / F within each repeat.
 
     ``ideal`` counts the passes, ``efficiency`` = ideal / forwards; both None for a method whose passes are not counted.
-    ``peak_bytes``: largest sum of the tensors alive at once within a step, weights and optimiser state included.
+    ``peak_bytes``: largest sum of the tensors alive at once within a step, weights and optimiser state included;
+    None for compiled passes on a CPU, which show none of them.
     """
 
     name: str
@@ -63,7 +64,7 @@ class StepCost:
     forwards: Spread
     ideal: float | None
     efficiency: float | None
-    peak_bytes: int
+    peak_bytes: int | None
 
     @property
     def seconds(self) -> Spread:
@@ -120,7 +121,8 @@ def measure(
         progress(f"warming up {bench.title}")
         for _ in range(WARM_UP):
             bench.step()
-        bench.peak = _peak_bytes(bench.step, device)
+        if device.startswith("cuda") or bench.run.config.train.compile is None:
+            bench.peak = _peak_bytes(bench.step, device)
     trials = {name: _timed(call, 10 * steps, device) for name, call in layouts.items()}
     layout = min(trials, key=lambda name: trials[name])
     for turn in range(repeats):
@@ -148,7 +150,7 @@ class _Bench:
     index: int = 0
     times: list[float] = field(default_factory=list)
     forwards: list[float] = field(default_factory=list)
-    peak: int = 0
+    peak: int | None = None
 
     @staticmethod
     def of(name: str, config: RunConfig, data: DataSet, device: str, phase: Phase, trust_code: bool) -> _Bench:
@@ -172,6 +174,7 @@ class _Bench:
             standard_weight=standard_weight_at(ramped, config.train, final), progress=min(ramped, 0.999),
             index=self.index, generator=self.draws, memory=self.memory, workers=run.workers,
             latent_generator=self.latent, stage=run.stage.name, auxiliary=run.auxiliary,
+            passes=run.passes,
         )  # fmt: skip
         update(run, step, config.learning_rate, self.seen)
         self.index += 1

@@ -14,7 +14,8 @@ def channels_last(params: Params) -> Params:
     Every convolution then reads and writes that layout, in which its gradients cost half and less. Strides are given
     in full, because torch calls a kernel of one input channel channels-last in either layout, and then takes the slow.
     A network with kernels of one pixel keeps its layout: the gradients that oneDNN gives of a strided one in this
-    memory are wrong for 3 and 4 input channels, and it writes where it must not (torch 2.14).
+    memory are wrong for 3 and 4 input channels, and it writes where it must not (torch 2.14). GPUs keep theirs until
+    somebody has measured both: in float32 either may be the faster.
     """
     if any(v.dim() == 4 and v.shape[2:] == (1, 1) for v in params.values()):
         return params

@@ -157,6 +157,7 @@ def _epoch(run: Run) -> dict[str, float]:
             noise=_noise(run, weight, noise)[mine], epsilon=epsilon_at(ramped, config.train, config.training_epsilon),
             standard_weight=weight, progress=fraction, index=index, generator=draws, memory=memory,
             workers=run.workers, latent_generator=latent, stage=run.stage.name, auxiliary=run.auxiliary,
+            passes=run.passes,
         )  # fmt: skip
         rate = learning_rate_at(fraction, config.train, config.learning_rate)
         update(run, step, rate, seen[index])
@@ -190,6 +191,7 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
     train = run.config.train
     leaves = run.leaves()
     run.optimizer.zero_grad(set_to_none=True)
+    step.passes.begin()
     total = torch.zeros((), device=seen.device)
     for loss in METHODS[run.config.method](step):
         loss.backward()  # type: ignore[no-untyped-call]

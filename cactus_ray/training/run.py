@@ -16,6 +16,7 @@ from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.models import create
 from cactus_ray.models.network import Network
 from cactus_ray.training.average import remeasured
+from cactus_ray.training.compiled import Passes, passes_of
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.losses.tail import tail_of
@@ -49,6 +50,7 @@ class Run:
     spans: tuple[Span, ...]  # epochs of the stages
     number: int  # of the stage in which the last epoch was
     auxiliary: Params  # the method's own tensors
+    passes: Passes
     average: Params = field(default_factory=dict)
     averages: int = 0  # networks in the average
     epoch: int = 0
@@ -151,6 +153,7 @@ def start(
         {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
         place, calibration(data)[0].to(place) if config.train.average else images[:0].to(place),
         stages, spans(config.stage_shares, config.train.epochs), number, auxiliary,
+        passes_of(config.train, place),
     )  # fmt: skip
     if saved is not None:
         run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history
@@ -168,7 +171,8 @@ def _number_of(stages: tuple[Stage, ...], name: str) -> int:
 
 
 def _on_device(tensors: Params, device: str) -> Params:
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    """All but whole numbers, which are counters: to read one there would make the host wait for the device."""
+    return {name: tensor.to(device) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:

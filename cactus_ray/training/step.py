@@ -11,11 +11,10 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Graph, Node, Params, Statistics, trainable
 from cactus_ray.bounds.interval import Box, ball
 from cactus_ray.config import RunConfig
-from cactus_ray.training.attacks import pgd
+from cactus_ray.training.compiled import AS_WRITTEN, Passes
 from cactus_ray.training.layout import channels_last
 from cactus_ray.training.losses import (
     ATTACKED,
-    CERTIFIED_LOSSES,
     DURING_RAMP,
     EXPRESSIVE,
     UNBOUNDED,
@@ -23,7 +22,6 @@ from cactus_ray.training.losses import (
     RampRegularizer,
     Region,
     Visitor,
-    standard,
 )
 from cactus_ray.training.precision import of_attack
 from cactus_ray.training.schedule import crown_weight_at
@@ -42,7 +40,8 @@ class Step:
     that is done, ``index`` the step within the epoch. ``generator`` (CPU) gives the same numbers to every worker,
     ``latent_generator`` (on the images' device) is each worker's own, ``memory`` lives for one epoch. A method leaves
     the batch-norm statistics of the full network in ``statistics`` and, where its loss normalises with the adversarial
-    batch, that batch's in ``adversarial_statistics``: the running ones follow both.
+    batch, that batch's in ``adversarial_statistics``: the running ones follow both. ``passes``: how attack, clean pass
+    and certified loss are run.
     """
 
     config: RunConfig
@@ -63,6 +62,7 @@ class Step:
     latent_generator: torch.Generator | None = None
     stage: str = ""
     auxiliary: Params = field(default_factory=dict)
+    passes: Passes = AS_WRITTEN
 
     @property
     def certifies(self) -> bool:
@@ -125,7 +125,8 @@ def ascent_loss(step: Step, params: Params, region: Region, kind: str) -> Tensor
     """What the weight perturbation raises: standard plus certified loss, unweighted (CACTUS, Eq. 9)."""
     statistics: Statistics = {}
     params = channels_last(params)
-    clean = standard(step.graph, params, step.images[: len(region.labels)], region.labels, statistics)
+    images = step.images[: len(region.labels)]
+    clean = step.passes.standard(step.graph, params, images, region.labels, statistics)
     return clean + _certified(step, params, region, kind, statistics)
 
 
@@ -139,9 +140,9 @@ def _clean(
         if kind in EXPRESSIVE:  # the box does without; only the running statistics of the full network follow
             if statistics is step.statistics:
                 with torch.no_grad():
-                    standard(step.graph, params, images, labels, statistics)
+                    step.passes.standard(step.graph, params, images, labels, statistics)
             return None
-    return standard(step.graph, params, images, labels, statistics)
+    return step.passes.standard(step.graph, params, images, labels, statistics)
 
 
 def _certified(
@@ -151,7 +152,7 @@ def _certified(
     if step.epsilon < step.config.training_epsilon:
         kind = DURING_RAMP.get(kind, kind)
     used = dict(statistics)
-    loss = CERTIFIED_LOSSES[kind](step.graph, params, region, step.options, statistics=used, visit=visit)
+    loss = step.passes.certified[kind](step.graph, params, region, step.options, statistics=used, visit=visit)
     if kind in EXPRESSIVE and statistics is step.statistics:
         step.adversarial_statistics.update(used)
     return loss
@@ -186,7 +187,7 @@ def _regularized(
     if step.certifies and step.epsilon > _EPSILON_OF_REGULARIZER:
         return _mixed(step, clean, _certified(step, params, region, kind, step.statistics, both))
     tiny = Region(step.labels, ball(step.images, _EPSILON_OF_REGULARIZER, step.config.threat.domain))
-    CERTIFIED_LOSSES["ibp"](step.graph, params, tiny, step.options, statistics=step.statistics, visit=visitor)
+    step.passes.certified["ibp"](step.graph, params, tiny, step.options, statistics=step.statistics, visit=visitor)
     return _weighted(step, params, clean, region, kind, step.statistics, visit)
 
 
@@ -208,7 +209,7 @@ def _attacked(step: Step, params: Params, region: Region, kind: str) -> Region:
         if config.attack_radius_factor != 1.0:
             searched = ball(step.images, radius, config.threat.domain)
     with of_attack(config.train, step.images.device):
-        point = pgd(
+        point = step.passes.attack(
             step.graph, params, step.labels, searched, steps=config.attack_steps,
             step_size=config.attack_step_size * radius, start=step.noise, statistics=statistics,
         )  # fmt: skip

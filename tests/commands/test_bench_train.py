@@ -54,12 +54,20 @@ def test_strategies_are_named_and_batch_norm_is_chosen(capsys: pytest.CaptureFix
 
 
 def test_all_strategies_and_kinds_of_perturbation_can_be_timed() -> None:
-    options = BenchOptions("mlp", 1.0, None, "1x8x8", 8, "cactus", "all", "1", 1, 1, "cpu")
+    options = BenchOptions("mlp", 1.0, None, "1x8x8", 8, "cactus", "all", "1", 1, 1, "cpu", False)
     assert [name for name, _ in _cases(options, (1, 8, 8))] == [f"cactus {name}" for name in STRATEGIES]
     sets = [values["compression_set"]["strategy"] for values in STRATEGIES.values()]
     kinds = [values.get("awp_kind", "ascent") for values in STRATEGIES.values() if "awp_radius" in values]
     assert set(sets) == set(config.STRATEGIES)
     assert set(kinds) == set(config.AWP_KINDS)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # hidden by dynamo
+def test_compiled_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cactus_ray.training.compiled.BACKEND", "aot_eager")
+    arguments = ["bench", "train", "--model", "mlp", "--image", "1x8x8", "--batch-size", "8", "--repeats", "1"]
+    assert run([*arguments, "--methods", "ibp", "--compile"]) == 0
+    assert "1 threads, compiled passes" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from cactus_ray.config import METHODS, RunConfig, parse
 from cactus_ray.data import DataSet, load
 from cactus_ray.models import create
+from cactus_ray.training.compiled import AS_WRITTEN, Passes, compiled
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.methods import METHODS as TABLE
 from cactus_ray.training.methods import STAGES
@@ -32,10 +33,11 @@ PLAIN: dict[str, Any] = {
 CACTUS = {"compression_set": {"strategy": "single"}, "awp_radius": 0.5}
 
 
+COMPILED = ("staps", "exp_ibp", "pgd", "nrsloss", "awp", "crown_ibp", "hydra mask", "qa_ibp quantised", "c_sam mask")
 CASES = {" ".join([m, s.name] if s.name else [m]): (m, i) for m in METHODS for i, s in enumerate(STAGES.get(m, WHOLE))}
 
 
-def trace(case: str, data: DataSet) -> list[float]:
+def trace(case: str, data: DataSet, passes: Passes = AS_WRITTEN) -> list[float]:
     """Losses of Adam's first steps while epsilon rises to its end at step 10; the stages before took no step."""
     method, number = CASES[case]
     config = parse(RunConfig, PLAIN | {"method": method} | (CACTUS if method == "cactus" else {}))
@@ -57,7 +59,7 @@ def trace(case: str, data: DataSet) -> list[float]:
             config, network.graph, stage.network(config, network.graph, params, auxiliary), images[part].double(),
             labels[part], noise[part], epsilon=0.05 * done,
             standard_weight=1.0 - 0.7 * done, progress=index / STEPS, index=index, generator=draws,
-            latent_generator=latent, stage=stage.name, auxiliary=auxiliary,
+            latent_generator=latent, stage=stage.name, auxiliary=auxiliary, passes=passes,
         )  # fmt: skip
         optimizer.zero_grad()
         total = 0.0
@@ -81,6 +83,23 @@ def digits() -> DataSet:
 def test_losses_are_those_that_were_kept(case: str, digits: DataSet) -> None:
     kept = json.loads(PATH.read_text())
     assert trace(case, digits) == pytest.approx(kept[case], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # hidden by dynamo
+@pytest.mark.parametrize("case", ["cactus", "mtl_ibp", *(pytest.param(c, marks=pytest.mark.slow) for c in COMPILED)])
+def test_compiled_passes_give_the_same_losses(case: str, digits: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs of dynamo and their gradients, as the compiler would get them."""
+    monkeypatch.setattr("cactus_ray.training.compiled.BACKEND", "aot_eager")
+    kept = json.loads(PATH.read_text())
+    assert trace(case, digits, compiled(torch.device("cpu"))) == pytest.approx(kept[case], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("case", ["cactus", "mtl_ibp", "staps", "nrsloss"])
+def test_compiled_by_inductor_they_do_too(case: str, digits: DataSet) -> None:
+    kept = json.loads(PATH.read_text())
+    assert trace(case, digits, compiled(torch.device("cpu"))) == pytest.approx(kept[case], rel=1e-4)
 
 
 def test_no_trace_is_left_over() -> None:

@@ -23,7 +23,7 @@ from cactus_ray.training.step import Step, full_loss
 GOAL, DUAL = "_goal", "_dual"
 """What an entry of U, V or C is drawn to (theta'), and the scaled dual variable (u)."""
 MOVES = "moves"
-"""Steps of the last stage so far."""
+"""Steps of the last stage so far; on the host."""
 
 
 def atmc(step: Step) -> Iterator[Tensor]:
@@ -40,7 +40,11 @@ def atmc(step: Step) -> Iterator[Tensor]:
 
 
 def zero_kmeans(values: Tensor, support: Tensor, bits: int) -> Tensor:
-    """The nearest tensor of at most ``2^bits`` values, 0 among them, that is 0 outside of ``support``."""
+    """The nearest tensor of at most ``2^bits`` values, 0 among them, that is 0 outside of ``support``.
+
+    Found on the host, which waits for the device once in ``admm_every`` steps: the rounds end when nothing moves any
+    more, and all is float64, as in the codebooks of levels.
+    """
     places, table = cluster((values * support).cpu(), bits)
     return table[places.int()].to(values)
 
