@@ -20,6 +20,7 @@ from cactus_ray.training.loop import train
 from cactus_ray.training.methods import STAGES
 from cactus_ray.training.methods.awp import ascent
 from cactus_ray.training.methods.nrsloss import Instability
+from cactus_ray.training.passes import AS_WRITTEN
 from cactus_ray.training.step import full_loss
 
 BASELINES = tuple(method for method in METHOD_OPTIONS if method != "cactus")
@@ -88,16 +89,11 @@ def test_l2_perturbation_has_the_norm_of_its_tensor_and_raises_the_loss(run_conf
     assert full_loss(there, "sabr", region=region)[0] > loss
 
 
-def test_l2_perturbation_attacks_once_and_leaves_the_statistics_alone(
-    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cactus_ray.training import step as step_module
-
+def test_l2_perturbation_attacks_once_and_leaves_the_statistics_alone(run_config: Any, few_digits: DataSet) -> None:
     calls: list[int] = []
-    original = step_module.pgd
-    monkeypatch.setattr(step_module, "pgd", lambda *a, **o: (calls.append(1), original(*a, **o))[1])
-    alone = make_step(run_config(method="sabr", model=BATCH_NORM), few_digits)
-    perturbed = make_step(run_config(method="awp", model=BATCH_NORM, awp_gamma=0.1), few_digits)
+    counted = replace(AS_WRITTEN, attack=lambda *a, **o: (calls.append(1), AS_WRITTEN.attack(*a, **o))[1])
+    alone = make_step(run_config(method="sabr", model=BATCH_NORM), few_digits, passes=counted)
+    perturbed = make_step(run_config(method="awp", model=BATCH_NORM, awp_gamma=0.1), few_digits, passes=counted)
     take(alone)
     take(perturbed)
     assert len(calls) == 2

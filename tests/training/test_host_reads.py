@@ -102,7 +102,10 @@ CASES = _cases()
 def _seen(case: str, run_config: Any, data: DataSet, reads: _Reads) -> set[str]:
     values, number = CASES[case]
     config = run_config(
-        model={"name": "cnn_small", "width": 0.25, "batch_norm": True}, train__regularizer=0.5, **values
+        model={"name": "cnn_small", "width": 0.25, "batch_norm": True},
+        train__regularizer=0.5,
+        train__average="ema",
+        **values,
     )
     bench = _Bench.of(case, config, data, "cpu", number, False)
     reads.places.clear()  # what stands before the first step may wait

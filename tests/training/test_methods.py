@@ -20,6 +20,7 @@ from cactus_ray.options import STAGE_SHARES
 from cactus_ray.training import perturb
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.methods import METHODS, STAGES
+from cactus_ray.training.passes import AS_WRITTEN
 from cactus_ray.training.stages import WHOLE, begin
 from cactus_ray.training.step import Step, full_loss, member_loss
 
@@ -94,9 +95,9 @@ def test_during_warm_up_no_bounds_are_computed(
     method: str, run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cactus_ray.bounds.interval.propagate", _forbidden)
-    monkeypatch.setattr("cactus_ray.training.step.pgd", _forbidden)
     config = run_config(method=method, **({"awp_radius": 1.0} if method == "cactus" else {}))
-    losses, _ = take(make_step(config, few_digits, standard_weight=1.0, epsilon=0.0))
+    passes = replace(AS_WRITTEN, attack=_forbidden)
+    losses, _ = take(make_step(config, few_digits, standard_weight=1.0, epsilon=0.0, passes=passes))
     assert len(losses) == (2 if method == "cactus" else 1)  # and no perturbed member yet
 
 
@@ -253,18 +254,15 @@ def test_masks_are_kept_for_refresh_every_steps(run_config: Any, few_digits: Dat
     assert kept[0] is kept[2] is not kept[3]
 
 
-def test_the_attack_is_shared(run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cactus_ray.training import step as step_module
-
+def test_the_attack_is_shared(run_config: Any, few_digits: DataSet) -> None:
     calls: list[int] = []
-    original = step_module.pgd
 
     def counted(*arguments: Any, **options: Any) -> Tensor:
         calls.append(1)
-        return original(*arguments, **options)
+        return AS_WRITTEN.attack(*arguments, **options)
 
-    monkeypatch.setattr(step_module, "pgd", counted)
-    take(make_step(run_config(**CACTUS, compression_set={"strategy": "triple"}, awp_radius=0.5), few_digits))
+    config = run_config(**CACTUS, compression_set={"strategy": "triple"}, awp_radius=0.5)
+    take(make_step(config, few_digits, passes=replace(AS_WRITTEN, attack=counted)))
     assert len(calls) == 1
 
 
@@ -280,11 +278,9 @@ def test_members_do_not_touch_the_statistics_of_the_full_network(run_config: Any
             torch.testing.assert_close(ours, theirs)
 
 
-def test_without_weight_the_clean_pass_is_not_made(
-    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cactus_ray.training.step.standard", _forbidden)
-    losses, _ = take(make_step(run_config(method="ibp", standard_weight=0.0), few_digits))
+def test_without_weight_the_clean_pass_is_not_made(run_config: Any, few_digits: DataSet) -> None:
+    passes = replace(AS_WRITTEN, standard=_forbidden)
+    losses, _ = take(make_step(run_config(method="ibp", standard_weight=0.0), few_digits, passes=passes))
     assert losses[0] > 0
 
 
