@@ -9,6 +9,7 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist: files stay whole, since their fixtures train networks, and one process at a time has a Ray."""
     for item in items:
