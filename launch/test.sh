@@ -3,7 +3,6 @@
 #   bash launch/test.sh                  all but slow and gpu tests
 #   bash launch/test.sh -m slow          the slow ones
 #   bash launch/test.sh tests/bounds     one room
-# TEST_PROCESSES: how many run at once (default 2; 0: one after the other in pytest's own process).
 # CACTUS_TEST_DATA: folder of real data sets (default ../shared/data); tests that need it are skipped, and say so, where it is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +13,9 @@ echo "== ruff"
 echo "== mypy"
 .venv/bin/mypy
 echo "== pytest"
-if [ "$#" -eq 0 ]; then
-    set -- -m "not slow and not gpu"
+if [ "$#" -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
 fi
-exec .venv/bin/python -m pytest --numprocesses "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
+# Two processes share the files; then those that start Ray, which fills two cores by itself.
+.venv/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not ray and not slow and not gpu"
+exec .venv/bin/python -m pytest -m "ray and not slow and not gpu"
