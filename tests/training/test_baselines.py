@@ -16,11 +16,11 @@ from cactus_ray.config import CERTIFIED_LOSSES
 from cactus_ray.data import DataSet
 from cactus_ray.options import METHOD_OPTIONS
 from cactus_ray.training import perturb
+from cactus_ray.training.compiled import AS_WRITTEN
 from cactus_ray.training.loop import train
 from cactus_ray.training.methods import STAGES
 from cactus_ray.training.methods.awp import ascent
 from cactus_ray.training.methods.nrsloss import Instability
-from cactus_ray.training.passes import AS_WRITTEN
 from cactus_ray.training.step import full_loss
 
 BASELINES = tuple(method for method in METHOD_OPTIONS if method != "cactus")

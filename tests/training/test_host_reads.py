@@ -20,6 +20,7 @@ from cactus_ray.config import METHODS, STRATEGIES
 from cactus_ray.data import DataSet
 from cactus_ray.training.bench import _Bench
 from cactus_ray.training.methods import STAGES
+from cactus_ray.training.passes import FULL, phases
 from cactus_ray.training.stages import WHOLE
 
 ON_THE_HOST = {
@@ -107,7 +108,8 @@ def _seen(case: str, run_config: Any, data: DataSet, reads: _Reads) -> set[str]:
         train__average="ema",
         **values,
     )
-    bench = _Bench.of(case, config, data, "cpu", number, False)
+    (phase,) = (p for p in phases(config) if p.part == FULL and p.number == number)
+    bench = _Bench.of(case, config, data, "cpu", phase, False)
     reads.places.clear()  # what stands before the first step may wait
     with reads:
         for _ in range(2):

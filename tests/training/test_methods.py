@@ -18,9 +18,9 @@ from cactus_ray.errors import ConfigError
 from cactus_ray.models import create
 from cactus_ray.options import STAGE_SHARES
 from cactus_ray.training import perturb
+from cactus_ray.training.compiled import AS_WRITTEN
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.methods import METHODS, STAGES
-from cactus_ray.training.passes import AS_WRITTEN
 from cactus_ray.training.stages import WHOLE, begin
 from cactus_ray.training.step import Step, full_loss, member_loss
 

@@ -33,7 +33,7 @@ def test_epochs_cost_the_same_over_warm_up_ramp_and_stages(runs: ModuleType, mon
         return 1.0 if mine is None else estimated_units(mine.run.config, mine.run.graph, mine.run.params, mine.phase)
 
     monkeypatch.setattr(bench, "_timed", passes)
-    plan = runs.Plan.of("digits", None, 40, False, 64)
+    plan = runs.Plan.of("digits", None, 40, False, 64, "cpu")
     costs = runs.step_seconds(plan, ["sabr", "taps", "crown_ibp", "c_sam"], ["sabr"])
     # warm-up 0.02, ramp 0.3; c_sam pretrains a quarter of the epochs and searches its mask in half of them
     whole = {
