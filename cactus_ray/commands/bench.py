@@ -172,18 +172,17 @@ def _derived(step: StepCost, found: Costs) -> dict[str, Any]:
 
 
 def _print(console: Console, found: Costs, options: BenchOptions) -> None:
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", f"x {REFERENCE}", "from-to", "MB"):
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", f"x {REFERENCE}", "MB"):
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
-    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "", "", "")
+    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "", "")
     for step in found.steps:
         times = step.forwards
         ideal, efficiency, ratio = step.ideal, step.efficiency, _over_reference(step, found)
         table.add_row(
             step.name, "" if step.attack_steps is None else str(step.attack_steps), _milliseconds(step.seconds),
-            f"{times.median:.1f}", f"{times.low:.1f}-{times.high:.1f}", "" if ideal is None else f"{ideal:.1f}",
+            f"{times.median:.1f}", f"{times.low:.0f}-{times.high:.0f}", "" if ideal is None else f"{ideal:.1f}",
             "" if efficiency is None else f"{efficiency:.2f}", "" if ratio is None else f"{ratio.median:.2f}",
-            "" if ratio is None else f"{ratio.low:.2f}-{ratio.high:.2f}",
             "" if step.peak_bytes is None else f"{step.peak_bytes / 1e6:.0f}",
         )  # fmt: skip
     console.print(table)
@@ -193,11 +192,11 @@ def _print(console: Console, found: Costs, options: BenchOptions) -> None:
         f" {options.device}, {options.threads} threads{', compiled passes' if options.compiled else ''}, torch"
         f" {torch.__version__}. F: plain forward, as written, {found.layout};"
         f" medians of {options.repeats} turns; k: attack steps; ideal: passes counted in F; eff. = ideal / F;"
-        f" x {REFERENCE}: steps of it with the same k, turn by turn; MB: peak of live tensors;"
+        f" x {REFERENCE}: steps of it with the same k, turn by turn, median; MB: peak of live tensors;"
         " /4: members see a quarter of the batch, under masks that are kept for 10 steps.",
         highlight=False,
     )
 
 
 def _milliseconds(spread: Spread) -> str:
-    return f"{1e3 * spread.median:.2f}"
+    return f"{1e3 * spread.median:.4g}"
