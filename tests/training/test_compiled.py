@@ -13,6 +13,7 @@ from cactus_ray.errors import ConfigError
 from cactus_ray.training.bench import _Bench
 from cactus_ray.training.compiled import AS_WRITTEN, passes_of
 from cactus_ray.training.loop import EpochReport, TrainResult, train
+from cactus_ray.training.passes import Phase
 from cactus_ray.training.run import _on_device
 
 # dynamo looks at .grad of every tensor that it is given, and hides the warning, which pytest makes an error
@@ -65,7 +66,7 @@ def test_a_step_compiled_by_inductor_is_the_same(run_config: Any, few_digits: Da
     losses: list[list[float]] = []
     for compile_ in ("none", "step"):
         config = run_config(**CACTUS, train__compile=compile_, model={"name": "cnn_small", "batch_norm": True})
-        bench = _Bench.of("", config, few_digits, "cpu", 0, False)
+        bench = _Bench.of("", config, few_digits, "cpu", Phase(), False)
         losses.append([])
         for _ in range(5):
             bench.step()
