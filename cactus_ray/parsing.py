@@ -17,8 +17,8 @@ from typing import Any
 from cactus_ray.errors import ConfigError
 
 T = typing.TypeVar("T")
-FRACTION = r"\d+/[1-9]\d*"
-"""Of pixel values, as everybody writes them: 8/255."""
+FRACTION = r"[0-9]{1,9}/[1-9][0-9]{0,8}"
+"""Of pixel values, as everybody writes them: 8/255. So few digits that no quotient overflows."""
 _hints = functools.cache(typing.get_type_hints)  # annotations are texts, and putting them into types takes milliseconds
 
 

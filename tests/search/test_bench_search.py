@@ -1,9 +1,8 @@
 """The benchmark of searches: what is read from a recording, what counts as cost, and what was never reached."""
 
-import importlib.util
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,20 +13,13 @@ from course import SPACE
 from cactus_ray.search.settings import SchedulerSettings
 from cactus_ray.search.space import parse_space
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_search.py"
 LEVELS = ["dense", "int8"]
 REFERENCE = {"certified_accuracy": 0.0, "standard_accuracy": 0.0, "bytes": 1000}
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_search", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def bench(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("bench_search")
 
 
 def row(number: int, good: int, seconds: int = 1) -> dict[str, Any]:

@@ -341,6 +341,7 @@ BAD_KEYS = [
     ({"threat": {"epsilon": float("nan")}}, "threat.epsilon", "nan", "finite"),
     ({"threat": {"epsilon": float("inf")}}, "threat.epsilon", "inf", "finite"),
     ({"threat": {"epsilon": "8/0"}}, "threat.epsilon", "'8/0'", "fraction such as 8/255"),
+    ({"threat": {"epsilon": "9" * 400 + "/1"}}, "threat.epsilon", "9999", "fraction such as 8/255"),
     ({"threat": {"epsilon": "300/255"}}, "threat.epsilon", str(300 / 255), "[0.0, 1.0]"),
     ({"threat": {"epsilon": "-8/255"}}, "threat.epsilon", "'-8/255'", "finite number"),
     ({"threat": {"epsilon": True}}, "threat.epsilon", "True", "finite number"),

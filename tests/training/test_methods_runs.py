@@ -1,8 +1,6 @@
 """The benchmark of methods: epochs that cost the same."""
 
-import importlib.util
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,18 +9,10 @@ import pytest
 from cactus_ray.training import bench
 from cactus_ray.training.passes import estimated_units
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "methods_runs.py"
-
 
 @pytest.fixture(scope="module")
-def runs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_runs", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def runs(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("methods_runs")
 
 
 def test_epochs_cost_the_same_over_warm_up_ramp_and_stages(runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

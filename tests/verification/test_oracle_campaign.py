@@ -1,6 +1,5 @@
 """Verdicts near the exact robust radius against stored exact brackets, and what a planted fault does to them."""
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from cactus_ray.verification import branch, work
 from cactus_ray.verification.verdict import VerificationSettings
 
 FIXED = 100
-BENCH = Path(__file__).parents[1] / "benchmarks" / "bench_oracle.py"
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +41,8 @@ def cases(stored: tuple[Campaign, list[Case]]) -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_oracle", BENCH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("bench_oracle")
 
 
 def faults(records: list[dict[str, Any]]) -> list[str]:
