@@ -30,7 +30,18 @@ from typing import Any
 import methods_table
 import torch
 from level_figures import Sharing, counts, deployed, interval_accuracies
-from methods_runs import LEVELS, METHODS, REFERENCE, TUNING_SEED, TUNING_SHARE, Plan, epochs_of, settings, step_seconds
+from methods_runs import (
+    LEVELS,
+    METHODS,
+    REFERENCE,
+    TUNING_SEED,
+    TUNING_SHARE,
+    Plan,
+    add_costs,
+    epochs_of,
+    settings,
+    step_seconds,
+)
 
 from cactus_ray.config import RunConfig
 from cactus_ray.data import load, subset
@@ -154,7 +165,8 @@ def run(asked: argparse.Namespace, store: Store, plan: Plan) -> None:
     missing = [m for m in dict.fromkeys([REFERENCE, *asked.methods]) if m not in store.found["step_seconds"]]
     if missing:
         print(f"timing steps of {', '.join(missing)}", flush=True)
-        store.found["step_seconds"] |= step_seconds(plan, missing, asked.tuned)
+        measured = step_seconds(plan, list(dict.fromkeys([REFERENCE, *missing])), asked.tuned)
+        add_costs(store.found["step_seconds"], measured)
         store.write()
     chosen: dict[str, dict[str, Any]] = {}
     for method in tunes:

@@ -134,6 +134,13 @@ def step_seconds(plan: Plan, methods: list[str], tuned: list[str]) -> dict[str, 
     return {method: [found[name] for name in mine] for method, mine in names.items()}
 
 
+def add_costs(known: dict[str, list[float]], measured: dict[str, list[float]]) -> None:
+    """Takes in what was not known, in seconds of the day when the reference was first timed."""
+    factor = known[REFERENCE][0] / measured[REFERENCE][0] if REFERENCE in known else 1.0
+    for method, seconds in measured.items():
+        known.setdefault(method, [factor * s for s in seconds])
+
+
 def epochs_of(plan: Plan, costs: dict[str, list[float]], method: str, setting: int, share: float = 1.0) -> int:
     """Epochs in which ``method`` takes at most the seconds of ``share`` of SABR's epochs, one per stage at least."""
     mine = costs[method][min(setting, len(costs[method]) - 1)]
@@ -141,5 +148,5 @@ def epochs_of(plan: Plan, costs: dict[str, list[float]], method: str, setting: i
     return max(epochs, len(STAGE_SHARES.get(method, {})), 1)
 
 
-__all__ = ["LEVELS", "METHODS", "REFERENCE", "TUNING_SEED", "TUNING_SHARE", "Plan", "epochs_of", "settings",
-           "step_seconds"]  # fmt: skip
+__all__ = ["LEVELS", "METHODS", "REFERENCE", "TUNING_SEED", "TUNING_SHARE", "Plan", "add_costs", "epochs_of",
+           "settings", "step_seconds"]  # fmt: skip

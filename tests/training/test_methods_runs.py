@@ -37,3 +37,11 @@ def test_epochs_cost_the_same_over_warm_up_ramp_and_stages(runs: ModuleType, mon
     assert {method: runs.epochs_of(plan, costs, method, 0) for method in whole} == {
         "sabr": 40, "taps": 19, "crown_ibp": 44, "c_sam": 23,
     }  # fmt: skip
+
+
+def test_costs_of_another_day_are_kept_in_the_seconds_of_the_first(runs: ModuleType) -> None:
+    known: dict[str, list[float]] = {}
+    runs.add_costs(known, {"sabr": [2.0, 2.0], "cactus": [3.0, 4.0]})
+    assert known == {"sabr": [2.0, 2.0], "cactus": [3.0, 4.0]}
+    runs.add_costs(known, {"sabr": [3.0, 3.0], "cactus": [9.0, 9.0], "taps": [6.0]})  # a machine half as busy again
+    assert known == {"sabr": [2.0, 2.0], "cactus": [3.0, 4.0], "taps": [4.0]}
