@@ -150,10 +150,21 @@ class CompressionSetConfig:
         1.0, doc="share of the batch that a member sees", exclusive_minimum=0.0, maximum=1.0
     )
     refresh_every: int = setting(1, doc="steps for which a mask is kept", minimum=1)
+    channels: float | None = setting(
+        None, doc="largest share of the channels that every second member loses instead of weights; 0: none does",
+        minimum=0.0, exclusive_maximum=1.0,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.low > self.high:
             raise ConfigError("compression_set.low", self.low, f"at most compression_set.high = {self.high}")
+        if self.channels == 0.0:  # absent and none are the same run
+            object.__setattr__(self, "channels", None)
+        if self.channels is not None and self.family[1] == "s":
+            expected = (
+                f"nothing, because every member of family {self.family} loses channels; low and high say how many"
+            )
+            raise ConfigError("compression_set.channels", self.channels, expected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,8 @@
-"""Which sparsities the members of the compression set have in one step (CACTUS, Sec. 4.3 and Tables 6-8)."""
+"""How the members of the compression set are pruned in one step (CACTUS, Sec. 4.3 and Tables 6-8)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -42,6 +44,27 @@ def draw(
         case "adaptive":
             return _adaptive(graph, params)
     raise ValueError(f"strategy {config.strategy!r}")
+
+
+def prunings(
+    config: CompressionSetConfig, sparsities: Sequence[float], generator: torch.Generator
+) -> list[tuple[str, float]]:
+    """Family and sparsity by which each pruned member is made from the current weights.
+
+    With ``channels`` every second member loses that share of its channels at sparsity ``high``, and in proportion less
+    below, by the structured family of the same scope and score; ``generator`` (CPU) draws where the turns begin, so
+    that a single member loses channels half of the time. Masks of single weights do not prepare a network for the loss
+    of channels.
+    """
+    if config.channels is None:
+        return [(config.family, sparsity) for sparsity in sparsities]
+    structured = f"{config.family[0]}s{config.family[2:]}"
+    begin = int(torch.randint(2, (), generator=generator))
+    made = []
+    for turn, sparsity in enumerate(sparsities, begin):
+        share = config.channels * (sparsity / config.high if sparsity < config.high else 1.0)  # high may be 0
+        made.append((structured, share) if turn % 2 else (config.family, sparsity))
+    return made
 
 
 def members(config: CompressionSetConfig) -> int:

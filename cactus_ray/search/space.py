@@ -232,6 +232,7 @@ def _check_together(space: Space) -> None:
     if low < high < low + space.threat.epsilon:
         raise ConfigError("threat.epsilon", space.threat.epsilon, f"at most the width of the domain, {high - low:g}")
     _check_sparsities(space)
+    _check_channels(space)
     check_sampler(space)
     first = {p.name: p.domain.ends()[0] for p in space.parameters}
     space.configuration(first, 1)  # what RunConfig checks over several keys
@@ -252,6 +253,21 @@ def _check_sparsities(space: Space) -> None:
         name = drawn[0].name
         expected = f"low at most high in every draw; low goes up to {max(ends[0])} and high down to {min(ends[1])}"
         raise ConfigError(f"parameters.{name}", drawn[0].domain.to_dict(), expected)
+
+
+def _check_channels(space: Space) -> None:
+    """No draw may have compression_set.channels beside a family of channels, but for the same exception."""
+    by_name = {p.name: p for p in space.parameters}
+    drawn = [by_name[n] for n in ("compression_set.family", "compression_set.channels") if n in by_name]
+    if not drawn or len({p.when for p in drawn}) > 1:
+        return
+    fixed = {"family": CompressionSetConfig().family, "channels": None} | space.base.get("compression_set", {})
+    values = {p.name.split(".")[1]: p.domain.ends() for p in drawn}
+    structured = [f for f in values.get("family", (fixed["family"],)) if f[1] == "s"]
+    largest = max(values.get("channels", (fixed["channels"] or 0.0,)))
+    if largest > 0.0 and structured:
+        expected = "families of single weights (gu-..., lu-...) in every draw with compression_set.channels above 0; "
+        raise ConfigError(f"parameters.{drawn[0].name}", drawn[0].domain.to_dict(), expected + f"got {structured[0]}")
 
 
 # --- nested keys ---------------------------------------------------------------------------------------------------

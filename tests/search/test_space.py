@@ -515,6 +515,18 @@ BAD_PARAMETERS = [
         {"compression_set.low": {"value": 0.6}, "compression_set.high": {"value": 0.5}},
         "compression_set.low", "0.6", "at most compression_set.high",
     ),
+    (
+        {"compression_set.family": {"values": ["gu-l1", "gs-l2"]}, "compression_set.channels": {"values": [0.0, 0.5]}},
+        "parameters.compression_set.family", "gs-l2", "families of single weights",
+    ),
+    (
+        {"compression_set.family": {"value": "ls-l1"}, "compression_set.channels": {"min": 0.1, "max": 0.5}},
+        "parameters.compression_set.channels", "ls-l1", "families of single weights",
+    ),
+    (
+        {"compression_set.family": {"value": "ls-l1"}, "compression_set.channels": {"value": 0.5}},
+        "compression_set.channels", "0.5", "every member of family ls-l1 loses channels",
+    ),
 ]  # fmt: skip
 
 

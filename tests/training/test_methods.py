@@ -138,6 +138,24 @@ def test_other_families(family: str, run_config: Any, few_digits: DataSet) -> No
     assert all(g.isfinite().all() for g in gradients.values())
 
 
+def test_members_lose_weights_and_channels_in_turns(
+    run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"strategy": "fixed", "size": 3, "low": 0.9, "high": 0.9, "channels": 0.5}
+    step = make_step(run_config(**CACTUS, compression_set=chosen), few_digits)
+    members = _record_members(monkeypatch)
+    expected = [
+        {k: v * mask.get(k, 1.0) for k, v in step.params.items()}
+        for mask in (masks(step.graph, step.params, family, s) for family, s in (("gu-l1", 0.9), ("gs-l1", 0.5)))
+    ]
+    losses, gradients = take(step)
+    assert len(losses) == 3
+    assert all(g.isfinite().all() for g in gradients.values())
+    in_order = members if torch.equal(members[0]["fc1.weight"], expected[0]["fc1.weight"]) else members[::-1]
+    for member, wanted in zip(in_order, expected, strict=True):
+        assert all(torch.equal(member[k], wanted[k]) for k in wanted)
+
+
 def test_loss_is_the_mean_over_the_members(run_config: Any, few_digits: DataSet) -> None:
     config = run_config(**CACTUS, compression_set={"strategy": "fixed", "size": 2, "low": 0.5, "high": 0.5})
     step = make_step(config, few_digits)

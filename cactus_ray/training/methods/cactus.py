@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Params
 from cactus_ray.compression.prune import apply_masks, masks
-from cactus_ray.compression.sets import draw
+from cactus_ray.compression.sets import draw, prunings
 from cactus_ray.config import CompressionSetConfig
 from cactus_ray.training import perturb
 from cactus_ray.training.losses import Region
@@ -74,7 +74,8 @@ def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ..
         gradients = None
         if sparsities and chosen.family.endswith("-grad"):
             gradients = _shared_gradients(step)
-        step.memory["masks"] = [masks(step.graph, step.params, chosen.family, s, gradients) for s in sparsities]
+        made = prunings(chosen, sparsities, step.generator)
+        step.memory["masks"] = [masks(step.graph, step.params, family, s, gradients) for family, s in made]
     kept: list[Params] = step.memory["masks"]
     return kept
 
