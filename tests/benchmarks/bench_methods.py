@@ -6,11 +6,11 @@
 
 Budget: ``--epochs`` of plain SABR; every other method gets as many epochs as cost the same CPU seconds (steps of every
 stage, of the warm-up and of the ramp are timed in turns at the start, the epochs kept), or seconds with ``--device
-cuda``. ``--tune N``: SABR and CACTUS (``--tuned``) each try N settings, a third of the budget each, with a seed of
-their own; the best mean over the levels of certified accuracy on the selection split is taken (by the cascade with
-CROWN, 500 images). All other methods take SABR's choice. Every level is deployed with or without ``rebn``, whichever
-has the higher IBP-certified accuracy on the selection split; without batch norm, and at ``dense``, there is nothing to
-choose.
+cuda``. ``cactus_channels`` is CACTUS whose every second member loses channels. ``--tune N``: SABR and either CACTUS
+(``--tuned``) each try N settings, a third of the budget each, with a seed of their own; the best mean over the levels
+of certified accuracy on the selection split is taken (by the cascade with CROWN, 500 images). All other methods take
+SABR's choice. Every level is deployed with or without ``rebn``, whichever has the higher IBP-certified accuracy on the
+selection split; without batch norm, and at ``dense``, there is nothing to choose.
 
 Measured on the test split: plain and IBP-certified accuracy on all images (float64), the cascade (attack, IBP, CROWN,
 float32 charged) on ``--samples`` fixed images, and on ``--branch-samples`` of these branch and bound, 5 s per image.
@@ -31,11 +31,13 @@ import methods_table
 import torch
 from level_figures import Sharing, counts, deployed, interval_accuracies
 from methods_runs import (
+    COMPARED,
     LEVELS,
     METHODS,
     REFERENCE,
     TUNING_SEED,
     TUNING_SHARE,
+    VARIANTS,
     Plan,
     add_costs,
     epochs_of,
@@ -173,7 +175,7 @@ def run(asked: argparse.Namespace, store: Store, plan: Plan) -> None:
         chosen[method] = tuned(store, plan, method, asked.tune, asked.out)
     for seed in range(asked.seeds):
         for method in asked.methods:
-            default = chosen.get(REFERENCE) if method != "cactus" else None
+            default = chosen.get(REFERENCE) if method in METHODS and method != "cactus" else None
             pick = chosen.get(method) or default or {"setting": 0, "chosen": settings(plan.data, method)[0]}
             epochs = epochs_of(plan, store.found["step_seconds"], method, pick["setting"])
             config = plan.config(method, pick["chosen"], epochs, seed)
@@ -196,11 +198,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder that holds MNIST/raw")
     parser.add_argument("--out", type=Path, help="folder of networks")
     parser.add_argument("--results", type=Path, help="file of figures; default: OUT/methods_DATA.json")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=COMPARED)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="of plain SABR")
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="settings that each tuned method tries")
-    parser.add_argument("--tuned", nargs="+", default=[REFERENCE, "cactus"], choices=list(METHODS))
+    parser.add_argument("--tuned", nargs="+", default=[REFERENCE, "cactus", *VARIANTS], choices=COMPARED)
     parser.add_argument("--samples", type=int, default=2000, help="of the test split, for the cascade")
     parser.add_argument("--branch-samples", type=int, default=0, help="of these, for branch and bound")
     parser.add_argument("--batch-norm", action="store_true", help="cnn_small with batch norm")

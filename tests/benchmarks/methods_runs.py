@@ -33,6 +33,10 @@ TUNING_SHARE = 1 / 3
 TUNING_SEED = 1000
 REFERENCE = "sabr"
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"cactus_channels": ("cactus", {"channels": 0.5})}
+"""Methods with another compression set, under names of their own."""
+COMPARED = (*METHODS, *VARIANTS)
+
 _CHEAP = ("learning_rate", "standard_weight", "box_ratio")
 _SINGLE = {"strategy": "single", "low": 0.5, "high": 0.97, "member_fraction": 0.25, "refresh_every": 10}
 
@@ -54,8 +58,9 @@ def settings(data: str, method: str) -> list[dict[str, Any]]:
     found = []
     for rate, weight, box, differs in _TRIED[data]:
         setting = {"learning_rate": rate, "standard_weight": weight, "box_ratio": box}
-        if method == "cactus":
-            setting |= {"certified_loss": "sabr", "compression_set": _SINGLE | differs}
+        kind, varied = VARIANTS.get(method, (method, {}))
+        if kind == "cactus":
+            setting |= {"certified_loss": "sabr", "compression_set": _SINGLE | differs | varied}
         found.append(setting)
     return found
 
@@ -91,6 +96,7 @@ class Plan:
     def config(self, method: str, setting: dict[str, Any], epochs: int, seed: int) -> RunConfig:
         """The run of a method; options that it does not know are left out."""
         common = COMMON[self.data]
+        method = VARIANTS.get(method, (method,))[0]
         known = _known(method)
         wanted = {k: v for k, v in (common | setting).items() if k in known}
         root = None if self.root is None else str(self.root)
@@ -148,5 +154,5 @@ def epochs_of(plan: Plan, costs: dict[str, list[float]], method: str, setting: i
     return max(epochs, len(STAGE_SHARES.get(method, {})), 1)
 
 
-__all__ = ["LEVELS", "METHODS", "REFERENCE", "TUNING_SEED", "TUNING_SHARE", "Plan", "add_costs", "epochs_of",
-           "settings", "step_seconds"]  # fmt: skip
+__all__ = ["COMPARED", "LEVELS", "METHODS", "REFERENCE", "TUNING_SEED", "TUNING_SHARE", "VARIANTS", "Plan",
+           "add_costs", "epochs_of", "settings", "step_seconds"]  # fmt: skip

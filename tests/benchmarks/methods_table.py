@@ -112,7 +112,8 @@ def _budget(found: dict[str, Any], networks: Sequence[Row], methods: Sequence[st
         tried = f"{len(tuning)} settings, {sum(t['cpu_seconds'] for t in tuning):.0f} CPU s" if tuning else taken
         config = mine[0]["config"]
         flat = config | config.get("compression_set", {})
-        keys = ("learning_rate", "standard_weight", "box_ratio", "low", "high", "member_fraction", "refresh_every")
+        keys = ("learning_rate", "standard_weight", "box_ratio", "low", "high", "member_fraction", "refresh_every",
+                "channels")  # fmt: skip
         chosen = [f"{k} {flat[k]}" for k in keys if k in flat]
         step = 1000 * costs[min(mine[0]["setting"], len(costs) - 1)]
         print(

@@ -45,3 +45,15 @@ def test_costs_of_another_day_are_kept_in_the_seconds_of_the_first(runs: ModuleT
     assert known == {"sabr": [2.0, 2.0], "cactus": [3.0, 4.0]}
     runs.add_costs(known, {"sabr": [3.0, 3.0], "cactus": [9.0, 9.0], "taps": [6.0]})  # a machine half as busy again
     assert known == {"sabr": [2.0, 2.0], "cactus": [3.0, 4.0], "taps": [4.0]}
+
+
+def test_a_variant_is_its_method_with_another_set(runs: ModuleType) -> None:
+    plan = runs.Plan.of("digits", None, None, False, None, "cpu")
+    plain, varied = (
+        plan.config(method, runs.settings("digits", method)[0], 3, 0).to_dict()
+        for method in ("cactus", "cactus_channels")
+    )
+    assert varied["compression_set"] == plain["compression_set"] | {"channels": 0.5}
+    assert {k: v for k, v in varied.items() if k != "compression_set"} == {
+        k: v for k, v in plain.items() if k != "compression_set"
+    }
