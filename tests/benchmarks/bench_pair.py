@@ -52,6 +52,8 @@ SHARING = {
 }
 LONGER = 1.5
 """Epochs of ``longer`` for each of the others': a step of ``single`` takes two thirds of one of ``plain``."""
+DEFAULTS = {"learning_rate": 0.002, "standard_weight": 0.3, "box_ratio": 0.6, "regularizer": 0.0}
+"""Settings of both sides; the epochs are given beside them."""
 TARGET = 0.5
 """Points by which a cheap pair may be worse."""
 
@@ -64,8 +66,9 @@ def configuration(kind: str, seed: int, asked: argparse.Namespace) -> RunConfig:
             "data": {"name": "mnist", "root": str(asked.root)}
             | ({"train_samples": asked.train_samples} if asked.train_samples else {}),
             "model": {"name": "cnn_small"}, "threat": {"epsilon": 0.1}, "method": "cactus", "seed": seed,
-            "train": {"epochs": epochs, "batch_size": 128, "ramp": 0.3}, "learning_rate": 0.002,
-            "standard_weight": 0.3, "certified_loss": "sabr", "box_ratio": 0.6, "attack_steps": 1,
+            "train": {"epochs": epochs, "batch_size": 128, "ramp": 0.3, "regularizer": asked.regularizer},
+            "learning_rate": asked.learning_rate, "standard_weight": asked.standard_weight,
+            "certified_loss": "sabr", "box_ratio": asked.box_ratio, "attack_steps": 1,
             "compression_set": {"strategy": "single", "low": 0.5, "high": 0.97, **SHARING[kind]},
         },
     )  # fmt: skip
@@ -151,6 +154,8 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["single"], choices=[k for k in SHARING if k != "plain"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=4)
+    for key, default in DEFAULTS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=float, default=default, help="of both sides")
     parser.add_argument("--train-samples", type=int, help="train on a fixed subset of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where networks are trained")
     parser.add_argument("--show", type=Path, help="only print the table of such a file")
@@ -167,6 +172,7 @@ def main() -> None:
         parser.error("--device cuda: torch sees no CUDA device")
     plan = {"epochs": asked.epochs} | ({"train_samples": asked.train_samples} if asked.train_samples else {})
     plan |= {} if asked.device == "cpu" else {"device": asked.device}
+    plan |= {key: getattr(asked, key) for key, default in DEFAULTS.items() if getattr(asked, key) != default}
     found: dict[str, Any] = {"plan": plan, "networks": {}}
     if asked.results.exists():
         found = json.loads(asked.results.read_text())
