@@ -52,13 +52,13 @@ def prunings(
     """Family and sparsity by which each pruned member is made from the current weights.
 
     With ``channels`` every second member loses that share of its channels at sparsity ``high``, and in proportion less
-    below, by the structured family of the same scope and score; ``generator`` (CPU) draws where the turns begin, so
-    that a single member loses channels half of the time. Masks of single weights do not prepare a network for the loss
-    of channels.
+    below, by the structured family of the same scope: ranked by l2 norm, or by gradients where ``family`` is.
+    ``generator`` (CPU) draws where the turns begin, so that a single member loses channels half of the time. Masks of
+    single weights do not prepare a network for the loss of channels, nor those of one rank for another's.
     """
     if config.channels is None:
         return [(config.family, sparsity) for sparsity in sparsities]
-    structured = f"{config.family[0]}s{config.family[2:]}"
+    structured = f"{config.family[0]}s-{'grad' if config.family.endswith('-grad') else 'l2'}"
     begin = int(torch.randint(2, (), generator=generator))
     made = []
     for turn, sparsity in enumerate(sparsities, begin):

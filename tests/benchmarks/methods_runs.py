@@ -33,7 +33,7 @@ TUNING_SHARE = 1 / 3
 TUNING_SEED = 1000
 REFERENCE = "sabr"
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"cactus_channels": ("cactus", {"channels": 0.5})}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"cactus_channels": ("cactus", {"channels": 0.7})}
 """Methods with another compression set, under names of their own."""
 COMPARED = (*METHODS, *VARIANTS)
 

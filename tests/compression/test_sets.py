@@ -85,17 +85,23 @@ def test_a_single_member_loses_channels_half_of_the_time() -> None:
     config = CompressionSetConfig(family="lu-l1", high=0.9, channels=0.5)
     generator = torch.Generator().manual_seed(0)
     families = [prunings(config, (0.9,), generator)[0] for _ in range(400)]
-    assert set(families) == {("lu-l1", 0.9), ("ls-l1", 0.5)}
-    assert 150 < families.count(("ls-l1", 0.5)) < 250
+    assert set(families) == {("lu-l1", 0.9), ("ls-l2", 0.5)}
+    assert 150 < families.count(("ls-l2", 0.5)) < 250
 
 
 def test_adaptive_sparsities_above_high_lose_no_more_channels() -> None:
     config = CompressionSetConfig(strategy="adaptive", low=0.0, high=0.0, channels=0.5)
     generator = torch.Generator().manual_seed(0)
     found = {made for _ in range(20) for made in prunings(config, (0.9,), generator)}
-    assert found == {("gu-l1", 0.9), ("gs-l1", 0.5)}
+    assert found == {("gu-l1", 0.9), ("gs-l2", 0.5)}
 
 
 def test_channels_are_refused_where_every_member_loses_them_already() -> None:
     with pytest.raises(ConfigError, match=r"compression_set.channels.*0.5.*gs-l2"):
         CompressionSetConfig(family="gs-l2", channels=0.5)
+
+
+def test_channels_are_ranked_by_gradients_where_weights_are() -> None:
+    config = CompressionSetConfig(family="gu-grad", high=0.9, channels=0.5)
+    generator = torch.Generator().manual_seed(0)
+    assert {prunings(config, (0.9,), generator)[0] for _ in range(20)} == {("gu-grad", 0.9), ("gs-grad", 0.5)}

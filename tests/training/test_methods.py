@@ -146,7 +146,7 @@ def test_members_lose_weights_and_channels_in_turns(
     members = _record_members(monkeypatch)
     expected = [
         {k: v * mask.get(k, 1.0) for k, v in step.params.items()}
-        for mask in (masks(step.graph, step.params, family, s) for family, s in (("gu-l1", 0.9), ("gs-l1", 0.5)))
+        for mask in (masks(step.graph, step.params, family, s) for family, s in (("gu-l1", 0.9), ("gs-l2", 0.5)))
     ]
     losses, gradients = take(step)
     assert len(losses) == 3

@@ -53,7 +53,7 @@ def test_a_variant_is_its_method_with_another_set(runs: ModuleType) -> None:
         plan.config(method, runs.settings("digits", method)[0], 3, 0).to_dict()
         for method in ("cactus", "cactus_channels")
     )
-    assert varied["compression_set"] == plain["compression_set"] | {"channels": 0.5}
+    assert varied["compression_set"] == plain["compression_set"] | {"channels": 0.7}
     assert {k: v for k, v in varied.items() if k != "compression_set"} == {
         k: v for k, v in plain.items() if k != "compression_set"
     }
