@@ -134,6 +134,11 @@ def selection_scores(network: Network, config: RunConfig, levels: Sequence[str])
     return scores
 
 
+def is_complete(row: dict[str, Any] | None, samples: int, some: int) -> bool:
+    """Whether a level was verified on so many samples, and on so many with branch and bound."""
+    return bool(row) and row["cascade"][0] == samples and (not some or row.get("branch", [0])[0] == some)
+
+
 def measure_network(store: Store, name: str, network: Network, config: RunConfig, samples: int, some: int) -> None:
     """Every level of a network that is not yet in its row of the store, on the test split."""
     images, labels = load(config.data, ("test",)).split("test")
@@ -141,8 +146,7 @@ def measure_network(store: Store, name: str, network: Network, config: RunConfig
     sharing = Sharing(images, labels, {}, {})
     levels = store.found["networks"][name]["levels"]
     for level in LEVELS[config.data.name]:
-        row = levels.get(level)
-        if row and row["cascade"][0] == len(everyone) and (not few or row.get("branch", [0])[0] == len(few)):
+        if is_complete(levels.get(level), len(everyone), len(few)):
             continue
         begun = time.process_time()
         candidate = deployed(network, level, config.data, config.threat)
@@ -180,14 +184,17 @@ def run(asked: argparse.Namespace, store: Store, plan: Plan) -> None:
             epochs = epochs_of(plan, store.found["step_seconds"], method, pick["setting"])
             config = plan.config(method, pick["chosen"], epochs, seed)
             name = f"{method}-{seed}"
+            known = store.found["networks"].get(name, {"levels": {}})
+            if known.get("config_hash", config.config_hash) != config.config_hash:
+                raise SystemExit(f"{store.path}: {name} is of another configuration; remove it")
+            levels = [known["levels"].get(level) for level in LEVELS[plan.data]]
+            if all(is_complete(row, asked.samples, asked.branch_samples) for row in levels):
+                continue
             network, spent = trained(asked.out, config, f"{plan.data}-{name}", plan.place)
             row = {
                 "method": method, "seed": seed, "setting": pick["setting"], "epochs": epochs, **spent,
                 "config_hash": config.config_hash, "config": config.to_dict() | {"data": {"name": plan.data}},
             }  # fmt: skip
-            known = store.found["networks"].get(name, {"levels": {}})
-            if known.get("config_hash", config.config_hash) != config.config_hash:
-                raise SystemExit(f"{store.path}: {name} is of another configuration; remove it")
             store.found["networks"][name] = row | {"levels": known["levels"]}
             measure_network(store, name, network, config, asked.samples, asked.branch_samples)
 
