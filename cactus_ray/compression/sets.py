@@ -54,7 +54,7 @@ def prunings(
     With ``channels`` every second member loses that share of its channels at sparsity ``high``, and in proportion less
     below, by the structured family of the same scope: ranked by l2 norm, or by gradients where ``family`` is.
     ``generator`` (CPU) draws where the turns begin, so that a single member loses channels half of the time. Masks of
-    single weights do not prepare a network for the loss of channels, nor those of one rank for another's.
+    single weights hardly prepare a network for the loss of channels, nor do those of channels of another rank.
     """
     if config.channels is None:
         return [(config.family, sparsity) for sparsity in sparsities]
