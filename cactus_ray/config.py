@@ -1,8 +1,8 @@
 """One run, as frozen dataclasses: what is trained, on what, against which threat.
 
 Every field carries its range in ``metadata``, from which both the strict parser and the editor's JSON schema are made.
-Unknown keys, wrong types, NaN and values out of range raise ``ConfigError`` with the key's path. Two runs are the same
-run exactly when their ``config_hash`` is the same.
+Unknown keys, wrong types, NaN and values out of range raise ``ConfigError`` with the key's path. Two runs with the same
+``config_hash`` are the same run.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TrainConfig:
     optimizer: str = setting("adam", doc="optimiser", choices=("adam", "adamw", "sgd"))
     weight_decay: float = setting(0.0, doc="weight decay", minimum=0.0)
     momentum: float = setting(0.9, doc="momentum of sgd", minimum=0.0, exclusive_maximum=1.0)
-    l1: float = setting(0.0, doc="weight of the sum of |w| of conv and linear weights", minimum=0.0)
+    l1: float = setting(0.0, doc="weight of the sum of |w| of conv and linear weights that are trained", minimum=0.0)
     clip_norm: float = setting(10.0, doc="largest gradient norm", exclusive_minimum=0.0)
     decay_at: tuple[float, ...] = setting(
         (0.7, 0.9), doc="fractions at which the learning rate falls", minimum=0.0, maximum=1.0
@@ -90,7 +90,9 @@ class TrainConfig:
     epsilon_factor: float = setting(
         1.0, doc="largest training radius / threat.epsilon", exclusive_minimum=0.0, maximum=10.0
     )
-    warmup: float = setting(0.02, doc="fraction with epsilon 0 and standard weight 1", minimum=0.0, maximum=1.0)
+    warmup: float = setting(
+        0.02, doc="fraction with epsilon 0 and standard weight 1", minimum=0.0, exclusive_maximum=1.0
+    )
     ramp: float = setting(0.3, doc="fraction over which epsilon and the standard weight move", minimum=0.0, maximum=1.0)
     initialization: str = setting("ibp", doc="ibp: Shi et al. 2021; default: torch's own", choices=("ibp", "default"))
     regularizer: float = setting(0.0, doc="weight of Shi et al.'s ramp regularisers", minimum=0.0)
@@ -229,7 +231,7 @@ class RunConfig:
         choices=AWP_KINDS,
     )  # fmt: skip
     stage_shares: tuple[float, ...] | None = setting(
-        None, doc="proportion in which the stages of a method share the epochs", exclusive_minimum=0.0
+        None, doc="proportion in which the stages of a method share the epochs", exclusive_minimum=0.0, maximum=1e6
     )
     target_sparsity: float | None = setting(
         None, minimum=0.0, exclusive_maximum=1.0,
@@ -241,7 +243,9 @@ class RunConfig:
     mask_saturated: float | None = setting(
         None, doc="c_sam: tau, share of a layer's soft masks that start at 1", exclusive_minimum=0.0, maximum=1.0
     )
-    nrs_weight: float | None = setting(None, doc="nrsloss: weight of the instability of the neurons", minimum=0.0)
+    nrs_weight: float | None = setting(
+        None, doc="nrsloss: weight of the neurons' instability, once the certified loss has one", minimum=0.0
+    )
     weight_bits: int | None = setting(None, doc="qa_ibp: bits of the weights (2: ternary)", choices=STORED_BITS)
     awp_gamma: float | None = setting(
         None, doc="awp: l2 norm of the weight perturbation / that of the tensor", minimum=0.0, exclusive_maximum=1.0
@@ -269,6 +273,9 @@ class RunConfig:
             raise ConfigError("awp_steps", self.awp_steps, f"nothing, or 1: {self.awp_kind} does not ascend")
         if (self.model.name is None) == (self.model.factory is None):
             raise ConfigError("model", plain(self.model), "either name or factory")
+        if self.loss in ("taps", "staps") and self.stage_shares is None and self.train.warmup + self.train.ramp >= 1.0:
+            below = f"less than 1 - train.warmup = {1.0 - self.train.warmup:g}"
+            raise ConfigError("train.ramp", self.train.ramp, f"{below}: {self.loss} begins where the ramp ends")
         low, high = self.threat.domain
         if not low < high:
             raise ConfigError("threat.domain", [low, high], "two increasing numbers")

@@ -13,13 +13,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cactus_ray.commands.single import DEVICES
 from cactus_ray.config import METHODS, RunConfig, options_of, parse
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError
+from cactus_ray.models import create
 from cactus_ray.options import METHOD_OPTIONS
 from cactus_ray.training.bench import Costs, Spread, StepCost, measure
+from cactus_ray.training.losses.tail import possible_tails
 
 CLASSES = 10
+NAMES = tuple(str(label) for label in range(CLASSES))
 CERTIFIED_LOSS = "sabr"  # of the methods that take one
 REFERENCE = "sabr"  # the method that the others' steps are compared with
 _QUARTER: dict[str, Any] = {"member_fraction": 0.25, "refresh_every": 10}
@@ -77,7 +81,9 @@ def bench_train(console: Console, options: BenchOptions, *, as_json: bool) -> No
     Random images: no data set is needed. Raises ConfigError for options that do not fit.
     """
     shape = _shape(options.image)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
+    if options.device not in DEVICES:
+        raise ConfigError("--device", options.device, " or ".join(DEVICES))
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device", options.device, "cpu: torch sees no CUDA device")
     torch.set_num_threads(options.threads)
     cases = _cases(options, shape)
@@ -97,6 +103,8 @@ def bench_train(console: Console, options: BenchOptions, *, as_json: bool) -> No
 def _cases(options: BenchOptions, shape: tuple[int, ...]) -> list[tuple[str, RunConfig]]:
     counts = _whole_numbers("--attack-steps", options.steps_of_attack)
     wanted = options.methods.split(",") if options.methods else list(METHODS)
+    if options.strategies is not None and "cactus" not in wanted:
+        raise ConfigError("--strategies", options.strategies, "nothing without cactus among --methods")
     cases: list[tuple[str, RunConfig]] = []
     for method in wanted:
         if method not in METHODS:
@@ -133,7 +141,12 @@ def _config(
         **({} if attack_steps is None else {"attack_steps": attack_steps}),
         **values,
     }
-    return parse(RunConfig, plain)
+    config = parse(RunConfig, plain)
+    if config.tail_layers is None:
+        return config
+    network = create(config, shape, CLASSES, NAMES)
+    possible = possible_tails(network.graph)
+    return parse(RunConfig, plain | {"tail_layers": min((n for n in possible if n > 1), default=1)})
 
 
 def _images(shape: tuple[int, ...], batch_size: int) -> DataSet:
@@ -141,8 +154,7 @@ def _images(shape: tuple[int, ...], batch_size: int) -> DataSet:
     images = torch.rand((batch_size, *shape), generator=generator)
     labels = torch.randint(CLASSES, (batch_size,), generator=generator)
     splits = ("train", "selection")
-    names = tuple(str(c) for c in range(CLASSES))
-    return DataSet("random", names, dict.fromkeys(splits, images), dict.fromkeys(splits, labels), {})
+    return DataSet("random", NAMES, dict.fromkeys(splits, images), dict.fromkeys(splits, labels), {})
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -175,7 +187,9 @@ def _print(console: Console, found: Costs, options: BenchOptions) -> None:
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for heading in ("step", "k", "ms", "F", "from-to", "ideal", "eff.", f"x {REFERENCE}", "MB"):
         table.add_column(heading, justify="left" if heading == "step" else "right", no_wrap=True)
-    table.add_row("plain forward", "", _milliseconds(found.forward_seconds), "1", "", "1", "", "", "")
+    plain = found.forward_seconds
+    spread = f"{plain.low / plain.median:.1f}-{plain.high / plain.median:.1f}"
+    table.add_row("plain forward", "", _milliseconds(plain), "1", spread, "1", "", "", "")
     for step in found.steps:
         times = step.forwards
         ideal, efficiency, ratio = step.ideal, step.efficiency, _over_reference(step, found)

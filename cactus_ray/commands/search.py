@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from cactus_ray.bounds.graph import Graph
 from cactus_ray.cluster.driver import DriverOptions, run_study
 from cactus_ray.commands.estimate import estimate, print_estimate, refuse_full_disk
-from cactus_ray.config import RunConfig
+from cactus_ray.config import ModelConfig, RunConfig
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
 from cactus_ray.models import create
@@ -35,6 +37,7 @@ from cactus_ray.search.store import Records, RunStore, read_records, write_table
 from cactus_ray.search.study import Study
 from cactus_ray.search.upkeep import Upkeep
 from cactus_ray.search.warm import past_of
+from cactus_ray.training.run import check_trainable
 
 LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
 WORST_SECONDS = 86_400.0
@@ -108,7 +111,35 @@ def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
     """The data, and an untrained network of the space's largest model."""
     data = load(space.data, ("train", "selection"))
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
-    return data, _untrained(example_configuration(space), data, options)
+    untrained = _untrained(example_configuration(space), data, options)
+    _refuse_untrainable(space, data, lambda run: _untrained(run, data, options).graph)
+    return data, untrained
+
+
+_EXTREMES = {"train.batch_size": min, "train.crop_padding": max, "compression_set.member_fraction": min}
+_ALL = ("model.name", "model.batch_norm", "method", "certified_loss", "tail_layers")
+
+
+def _refuse_untrainable(space: Space, data: DataSet, graph_of: Callable[[RunConfig], Graph]) -> None:
+    """Raise ConfigError for what can be drawn and no trial could train: whatever fits no network, tried at its ends.
+
+    What depends on conditions on other parameters than these may still fail at the draw.
+    """
+    ends = {p.name: p.domain.ends() for p in space.parameters}
+    first = {name: _EXTREMES[name](e) if name in _EXTREMES else e[0] for name, e in ends.items()}
+    images, workers = len(data.labels["train"]), space.resources.workers
+    graphs: dict[ModelConfig, Graph] = {}
+    seen = set()
+    names = [name for name in _ALL if name in ends]
+    for values in itertools.product(*(ends[name] for name in names)):
+        run = space.configuration(first | dict(zip(names, values, strict=True)), 1)
+        fraction = None if run.compression_set is None else run.compression_set.member_fraction
+        case = (run.model, run.tail_layers, run.train.batch_size, run.train.crop_padding, fraction)
+        if case not in seen:
+            seen.add(case)
+            if run.model not in graphs:
+                graphs[run.model] = graph_of(run)
+            check_trainable(run, graphs[run.model], min(run.train.batch_size, images) // workers)
 
 
 def dry_run(console: Console, space: Space, options: SearchOptions, *, as_json: bool) -> None:

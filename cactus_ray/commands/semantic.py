@@ -23,7 +23,14 @@ from cactus_ray.deploy.certificate import fitted, refuse_misfit
 from cactus_ray.deploy.replay import answers, runner
 from cactus_ray.errors import ConfigError
 from cactus_ray.interchange.read import read_onnx
-from cactus_ray.verification.semantic import SampleFlips, SemanticSettings, count_flips, least_draws, summary
+from cactus_ray.verification.semantic import (
+    MOST_DRAWS,
+    SampleFlips,
+    SemanticSettings,
+    count_flips,
+    least_draws,
+    summary,
+)
 from cactus_ray.verification.transforms import Domain, Transform, parse_transforms
 
 
@@ -45,7 +52,11 @@ class SemanticOptions:
             raise ConfigError(f"--{error.path}", error.value, error.expected) from None
         risk = 1.0 - wanted.confidence
         if self.draws is None:
-            return parse(SemanticSettings, given | {"draws": least_draws(wanted.flip, risk / samples)})
+            draws = least_draws(wanted.flip, risk / samples)
+            if draws > MOST_DRAWS:
+                expected = f"one that at most {MOST_DRAWS:,} draws a sample can show; this one takes {draws:,}"
+                raise ConfigError("--flip", wanted.flip, expected)
+            return parse(SemanticSettings, given | {"draws": draws})
         if wanted.draws < (least := least_draws(wanted.flip, risk)):
             wish = f"at least {least}: with fewer no sample can hold at --flip {wanted.flip:g}"
             raise ConfigError("--draws", wanted.draws, f"{wish} with confidence {wanted.confidence:g}")

@@ -93,8 +93,13 @@ def split(names: Sequence[str], params: Params, kept: float) -> dict[str, Factor
     return min(found, key=lambda f: _error(f, {k: w.double().flatten(1) for k, w in weights.items()}))
 
 
+def entries(kept: float, total: int) -> int:
+    """How many nonzeros a share of ``total`` weights allows: rounded down."""
+    return int(kept * total + 1e-9)
+
+
 def _budget(weights: Params, kept: float) -> int:
-    return int(kept * sum(w.numel() for w in weights.values()) + 1e-9)
+    return entries(kept, sum(w.numel() for w in weights.values()))
 
 
 def factorize(weights: Params, kept: float) -> dict[str, Factors]:

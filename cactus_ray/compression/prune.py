@@ -53,6 +53,21 @@ def apply_masks(params: Params, masks: Params) -> Params:
     return {k: v * masks[k] if k in masks else v for k, v in params.items()}
 
 
+def without_removed_inputs(graph: Graph, params: Params, masks: Params) -> Params:
+    """``params`` with the weights that read channels which structured ``masks`` remove set to 0, as if cut out.
+
+    The masked network computes the same with and without: those channels are 0. Differentiable in ``params``.
+    """
+    found = dict(params)
+    for group in channel_groups(graph, params):
+        keep = kept_channels(masks, group)
+        for name in (f"{consumer}.weight" for consumer in group.consumers):
+            weight = found[name]
+            columns = keep.repeat_interleave(weight.shape[1] // keep.numel(), output_size=weight.shape[1])
+            found[name] = weight * columns.view(1, -1, *([1] * (weight.dim() - 2)))
+    return found
+
+
 def kept_channels(masks: Params, group: ChannelGroup) -> Tensor:
     """Bool [size]: the channels of a group that structured ``masks`` keep."""
     return masks[f"{group.producers[0]}.weight"].flatten(1)[:, 0] != 0

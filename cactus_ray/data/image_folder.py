@@ -24,7 +24,9 @@ def image_folder(root: str | None, image_size: int | None, split: str) -> tuple[
 
     Classes are the folders in ``root/train``, sorted. Without ``root/selection``, 10 % of each training class are the
     selection split. ``image_size`` resizes to a square (antialiased bilinear, not cropped); without it all images must
-    be as large as the first one. Raises UserError that names a broken image, a folder that is missing or empty.
+    be as large as the first one. Files and folders whose names begin with a dot are left out. Pixels are taken as they
+    are stored, as torchvision's ImageFolder takes them: EXIF orientation is not applied, and transparency is dropped.
+    Raises UserError that names a broken image, a folder that is missing or empty.
     """
     if root is None or not (Path(root) / "train").is_dir():
         raise ConfigError("data.root", root, "a folder that holds train/CLASS/*.png and test/CLASS/*.png")
@@ -59,7 +61,7 @@ def _listing(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], NDArray[
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        paths = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
+        paths = sorted(p for p in (folder / name).rglob("*") if _is_image(p, folder / name))
         if not paths and folder.name == "train":  # the other splits may lack a class
             raise UserError(f"{folder / name}: no images; expected files ending in {', '.join(EXTENSIONS)}")
         files += paths
@@ -67,8 +69,11 @@ def _listing(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], NDArray[
     return files, np.array(labels, dtype=np.int64)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+def _is_image(path: Path, folder: Path) -> bool:
+    # copies that tools keep in hidden folders (.ipynb_checkpoints) would stand on both sides of a split
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    lost = path.is_symlink() and not path.exists()  # refused as broken when it is read
+    return path.suffix.lower() in EXTENSIONS and not hidden and (lost or path.is_file())
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -83,19 +88,19 @@ def _size(path: Path) -> tuple[int, int]:
         raise _broken(path, error) from error
 
 
-def read_images(files: list[Path], size: tuple[int, int], *, resize: bool = False) -> Tensor:
+def read_images(files: list[Path], size: tuple[int, int], *, resize: bool = False, all_alike: bool = False) -> Tensor:
     """float32 [N, 3, H, W] in [0, 1] of image files; ``size`` is (width, height).
 
     One byte per value until the very end, so that at most 5 bytes are held per value. Raises UserError that names a
-    broken image, and one of another size unless ``resize``.
+    broken image, and one of another size unless ``resize``; ``all_alike``: its publisher made all of this size.
     """
     pixels = np.empty((len(files), 3, size[1], size[0]), dtype=np.uint8)
     for row, path in zip(pixels, files, strict=True):
-        row[:] = _decode(path, size, resize=resize).transpose(2, 0, 1)
+        row[:] = _decode(path, size, resize=resize, all_alike=all_alike).transpose(2, 0, 1)
     return torch.from_numpy(pixels).float().div_(255)
 
 
-def _decode(path: Path, size: tuple[int, int], *, resize: bool) -> NDArray[np.uint8]:
+def _decode(path: Path, size: tuple[int, int], *, resize: bool, all_alike: bool) -> NDArray[np.uint8]:
     from PIL import Image
 
     try:
@@ -115,6 +120,9 @@ def _decode(path: Path, size: tuple[int, int], *, resize: bool) -> NDArray[np.ui
     ) as error:
         raise _broken(path, error) from error
     if rgb.size != size:
+        if all_alike:
+            found = f"{rgb.size[0]}x{rgb.size[1]}"
+            raise UserError(f"{path}: got {found} pixels; expected {size[0]}x{size[1]}, as published")
         if not resize:
             wanted = f"a side in pixels, for {path} has {rgb.size[0]}x{rgb.size[1]} and others {size[0]}x{size[1]}"
             raise ConfigError("data.image_size", None, wanted)

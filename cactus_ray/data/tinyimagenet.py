@@ -41,7 +41,7 @@ def tinyimagenet(root: str | None, image_size: int | None, split: str) -> tuple[
         files, labels = [files[i] for i in chosen], labels[chosen]
     if not files:
         raise UserError(f"{folder}: the {split} split is empty; expected the 100,000 training images of the publisher")
-    return read_images(files, (SIDE, SIDE)), torch.from_numpy(labels), names
+    return read_images(files, (SIDE, SIDE), all_alike=True), torch.from_numpy(labels), names
 
 
 def _folder(root: str | None) -> Path:

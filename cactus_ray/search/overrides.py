@@ -9,7 +9,7 @@ from typing import Any
 from cactus_ray.errors import ConfigError
 from cactus_ray.search.document import read_yaml
 from cactus_ray.search.domains import Choices, Key, leaf_keys, run_keys
-from cactus_ray.search.parameters import Parameter
+from cactus_ray.search.parameters import Parameter, check_used
 from cactus_ray.search.settings import KEYS, RUN_SECTIONS, SECTIONS, section_of
 
 
@@ -24,9 +24,11 @@ def overridden(
     """The plain space and its parameters with every override in its place.
 
     A key of a parameter fixes it; otherwise a key of a section, a whole top-level key, or a key of RunConfig outside
-    the sections is set, and null takes a section's key away. Raises ConfigError naming ``--set`` for anything else.
+    the sections is set, and null takes a section's key away. Raises ConfigError naming ``--set`` for anything else,
+    also for a new parameter that no possible method reads.
     """
     by_name = {p.name: p for p in parameters}
+    known = set(by_name)
     for key, value in overrides.items():
         path, section, _, name = f"--set {key}", *key.partition(".")
         if key in by_name or (key in run_keys() and section not in RUN_SECTIONS):
@@ -48,6 +50,8 @@ def overridden(
             names = [*(k for k in KEYS if k != "parameters"), *(k for k in run_keys() if "." not in k)]
             names += [f"{s}.KEY for the keys of {s}" for s in (*SECTIONS, "compression_set")]
             raise ConfigError(path, value, f"no such key; one of {', '.join(names)}")
+    for name in by_name.keys() - known:
+        check_used(by_name[name], by_name, f"--set {name}")
     return raw, tuple(by_name.values())
 
 

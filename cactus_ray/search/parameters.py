@@ -53,7 +53,7 @@ def parse_parameters(data: Any, path: str = "parameters") -> tuple[Parameter, ..
     parameters = {name: _checked_condition(p, found, places[name]) for name, (p, _) in found.items()}
     ordered = _ordered(parameters, places)
     for parameter in ordered:
-        _check_used(parameter, parameters, places[parameter.name])
+        check_used(parameter, parameters, places[parameter.name])
     return ordered
 
 
@@ -174,7 +174,8 @@ def ever_used(parameter: Parameter, parameters: Mapping[str, Parameter]) -> bool
     return any(uses(parameter.name, m, loss) for m in possible("method", "cactus") for loss in losses)
 
 
-def _check_used(parameter: Parameter, parameters: Mapping[str, Parameter], path: str) -> None:
+def check_used(parameter: Parameter, parameters: Mapping[str, Parameter], path: str) -> None:
+    """Raise ConfigError at ``path`` for a parameter that no method and certified loss that can be drawn reads."""
     if not ever_used(parameter, parameters):
         readers = [m for m in METHODS if any(uses(parameter.name, m, loss) for loss in CERTIFIED_LOSSES)]
         raise ConfigError(path, parameter.name, f"a parameter that a possible method reads; {', '.join(readers)} would")

@@ -15,6 +15,7 @@ from typing import Any
 
 from cactus_ray.compression.levels import parse_levels
 from cactus_ray.config import (
+    STRATEGIES,
     CompressionSetConfig,
     DataConfig,
     RunConfig,
@@ -233,6 +234,8 @@ def _check_together(space: Space) -> None:
         raise ConfigError("threat.epsilon", space.threat.epsilon, f"at most the width of the domain, {high - low:g}")
     _check_sparsities(space)
     _check_channels(space)
+    _check_workers(space)
+    _check_read(space)
     check_sampler(space)
     first = {p.name: p.domain.ends()[0] for p in space.parameters}
     space.configuration(first, 1)  # what RunConfig checks over several keys
@@ -268,6 +271,59 @@ def _check_channels(space: Space) -> None:
     if largest > 0.0 and structured:
         expected = "families of single weights (gu-..., lu-...) in every draw with compression_set.channels above 0; "
         raise ConfigError(f"parameters.{drawn[0].name}", drawn[0].domain.to_dict(), expected + f"got {structured[0]}")
+
+
+def _check_workers(space: Space) -> None:
+    """What training can do depends on who does it: batches are split over workers, bfloat16 is for GPUs."""
+    workers = space.resources.workers
+    for size, path in _possible(space, "train.batch_size"):
+        if size % workers:
+            raise ConfigError(path, size, f"a multiple of resources.workers = {workers}")
+    for precision, path in _possible(space, "train.precision"):
+        if precision not in (None, "float32") and space.resources.gpus_per_worker == 0:
+            raise ConfigError(path, precision, "float32 without a GPU, where resources.gpus_per_worker is 0")
+
+
+_STRATEGY = "compression_set.strategy"
+_PRUNING = tuple(strategy for strategy in STRATEGIES if strategy != "none")
+_READERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model.hidden": ("model.name", ("mlp",)),
+    "train.momentum": ("train.optimizer", ("sgd",)),
+    "compression_set.size": (_STRATEGY, ("random", "fixed")),
+    **{f"compression_set.{k}": (_STRATEGY, _PRUNING) for k in ("low", "high", "family", "refresh_every", "channels")},
+}
+"""Keys that are read only with some values of another one."""
+_OF_AWP = ("awp_unit", "awp_steps", "awp_member", "awp_kind")
+
+
+def _check_read(space: Space) -> None:
+    """No parameter that nothing ever reads, on which a sampler would waste its trials."""
+    for name in (p.name for p in space.parameters):
+        if name in _READERS:
+            owner, values = _READERS[name]
+            readers = f"{owner}: {' or '.join(map(str, values))}"
+            read = any(value in values for value, _ in _possible(space, owner))
+        elif name in _OF_AWP:
+            readers = "awp_radius above 0"
+            read = any(value > 0.0 for value, _ in _possible(space, "awp_radius"))
+        elif name.startswith("model.") and space.base["model"].get("factory") is not None:
+            readers, read = "model.name; model.factory has its own", False
+        else:
+            continue
+        if not read:
+            raise ConfigError(f"parameters.{name}", name, f"no such parameter without {readers}: nothing would read it")
+
+
+def _possible(space: Space, name: str) -> list[tuple[Any, str]]:
+    """The values that a key can have, of a range its ends, each with the place where it stands."""
+    for parameter in space.parameters:
+        if parameter.name == name:
+            return [(value, f"parameters.{name}") for value in parameter.domain.ends()]
+    value: Any = space.base
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    defaults = {_STRATEGY: CompressionSetConfig().strategy, "awp_radius": 0.0}
+    return [(defaults.get(name) if value is None else value, name)]
 
 
 # --- nested keys ---------------------------------------------------------------------------------------------------

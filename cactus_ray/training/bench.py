@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Params, forward
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet
@@ -30,6 +31,7 @@ from cactus_ray.training.step import Step
 from cactus_ray.training.workers import Alone
 
 WARM_UP = 3
+LONGEST_PERIOD = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,17 @@ def measure(
     epsilon and standard weight; with ``whole`` also in the warm-up and in the middle of the ramp, and only in phases
     that the training has. ``data`` needs the splits
     train (at least one batch) and selection. The thread count is the caller's. On one CPU thread seconds are the
-    processor's, which other work on the machine disturbs less; otherwise the clock's.
+    processor's, which other work on the machine disturbs less; otherwise the clock's. What is done once in some steps
+    (masks that are kept, codebooks) counts with its share: then a turn is as many steps, and their mean.
     """
+    with exact_arithmetic(torch.device(device)):
+        return _measured(cases, data, repeats, steps, device, trust_code, whole, progress)
+
+
+def _measured(
+    cases: Sequence[tuple[str, RunConfig]], data: DataSet, repeats: int, steps: int, device: str, trust_code: bool,
+    whole: bool, progress: Callable[[str], object],
+) -> Costs:  # fmt: skip
     benches = [
         _Bench.of(name, config, data, device, phase, trust_code)
         for name, config in cases
@@ -130,7 +141,7 @@ def measure(
         for bench in benches:
             # next to its own plain forward, so that what else the machine does slows down both
             bench.forwards.append(_timed(layouts[layout], 4 * steps, device))
-            bench.times.append(_timed(bench.step, steps, device))
+            bench.times.append(_timed(bench.step, steps, device, period=_period(bench.run.config, bench.phase)))
     plain = Spread.of([f for bench in benches for f in bench.forwards])
     return Costs(plain, layout, tuple(bench.cost() for bench in benches))
 
@@ -214,17 +225,29 @@ def _layouts(run: Run) -> dict[str, Callable[[], None]]:
     return found
 
 
-def _timed(call: Callable[[], None], times: int, device: str) -> float:
-    """Median seconds of a call: a scheduler's hiccup within a turn must not count."""
+def _period(config: RunConfig, phase: Phase) -> int:
+    """After how many steps of a phase the same work comes round again; 1 also where it hardly ever does."""
+    period = 1
+    if config.compression_set is not None:
+        period = config.compression_set.refresh_every
+    elif config.admm_every is not None and phase.stage == "quantised":
+        period = config.admm_every
+    return period if period <= LONGEST_PERIOD else 1
+
+
+def _timed(call: Callable[[], None], times: int, device: str, *, period: int = 1) -> float:
+    """Median seconds of a call: a scheduler's hiccup within a turn must not count. The mean of whole periods, where
+    the calls of one are unlike: their dear ones must count.
+    """
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = []
-    for _ in range(times):
+    for _ in range(-(-times // period) * period):
         _synchronise(device)
         begin = clock()
         call()
         _synchronise(device)
         seconds.append(clock() - begin)
-    return statistics.median(seconds)
+    return statistics.median(seconds) if period == 1 else statistics.fmean(seconds)
 
 
 def _synchronise(device: str) -> None:

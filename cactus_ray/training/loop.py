@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Params, Statistics
 from cactus_ray.compression.levels import parse_level
 from cactus_ray.config import RunConfig
@@ -97,14 +98,15 @@ def train(
     epoch in which it happens, before anything of it is reported; UserError for a state or ``init`` that does not fit;
     ConfigError for a batch that cannot be split over the workers.
     """
-    run = start(config, data, state, init, workers or Alone(), trust_code, device)
-    stopped = False
-    while run.epoch < config.train.epochs and not stopped:
-        metrics = _epoch(run)
-        score = functools.partial(_score, run, data, metrics)
-        go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run), score))
-        stopped = _any_stops(run, not go_on)
-    last = network(run, run.kept())
+    with exact_arithmetic(torch.device(device)):  # the attack may ask for shorter products
+        run = start(config, data, state, init, workers or Alone(), trust_code, device)
+        stopped = False
+        while run.epoch < config.train.epochs and not stopped:
+            metrics = _epoch(run)
+            score = functools.partial(_score, run, data, metrics)
+            go_on = report(EpochReport(run.epoch, config.train.epochs, metrics, lambda: save(run), score))
+            stopped = _any_stops(run, not go_on)
+        last = network(run, run.kept())
     best = network(run, run.best) if run.best is not None else last
     seconds = math.fsum(m["seconds"] for m in run.history)
     return TrainResult(

@@ -26,6 +26,9 @@ from cactus_ray.training.stages import WHOLE, Span, Stage, begin, prepared, span
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
 from cactus_ray.training.workers import Workers
 
+FEWEST_NORMALISED = 2
+"""Images without which the statistics of a batch say nothing: the variance of one is 0."""
+
 
 @dataclass(slots=True)
 class Run:
@@ -134,8 +137,7 @@ def start(
         graph, params = _first_weights(config, data, init, trust_code)
     stages = STAGES.get(config.method, WHOLE)
     number = 0 if saved is None else _number_of(stages, saved.stage)
-    if config.tail_layers is not None:
-        tail_of(graph, config.tail_layers)  # said before the first step, though needed only after the ramp
+    check_trainable(config, graph, min(config.train.batch_size, len(labels)) // workers.size)
     params, auxiliary = _on_device(params, device), {} if saved is None else _on_device(saved.auxiliary, device)
     if saved is None:
         params, auxiliary = begin(stages[0], config, graph, params, auxiliary)
@@ -161,6 +163,23 @@ def start(
         run.average, run.averages = _on_device(saved.average, device), saved.averages
         _restore_moments(run, saved.moments)
     return run
+
+
+def check_trainable(config: RunConfig, graph: Graph, images: int) -> None:
+    """Raise ConfigError, before the first step, for what cannot work on ``graph`` with so many images of a batch."""
+    if config.tail_layers is not None:
+        tail_of(graph, config.tail_layers)
+    padding, side = config.train.crop_padding, min(graph.input_shape[1:], default=None)
+    if padding is not None and side is not None and padding >= side:
+        raise ConfigError("train.crop_padding", padding, f"less than the {side} pixels of a side, or crops are empty")
+    if all(node.op != "batch_norm" for node in graph.nodes):
+        return
+    few = f"at least {FEWEST_NORMALISED} images a step and worker, for batch norm has no use for fewer"
+    if images < FEWEST_NORMALISED:
+        raise ConfigError("train.batch_size", config.train.batch_size, few)
+    chosen = config.compression_set
+    if chosen is not None and (seen := math.ceil(chosen.member_fraction * images)) < FEWEST_NORMALISED:
+        raise ConfigError("compression_set.member_fraction", chosen.member_fraction, f"{few}; members see {seen}")
 
 
 def _number_of(stages: tuple[Stage, ...], name: str) -> int:

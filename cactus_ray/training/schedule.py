@@ -15,7 +15,9 @@ def ramp_at(fraction: float, train: TrainConfig) -> float:
     """
     if fraction < train.warmup:
         return 0.0
-    return min(1.0, (fraction - train.warmup) / train.ramp) if train.ramp > 0 else 1.0
+    if fraction >= train.warmup + train.ramp - 1e-9:  # what waits for the end must not miss it by a rounding
+        return 1.0
+    return (fraction - train.warmup) / train.ramp
 
 
 def epsilon_at(fraction: float, train: TrainConfig, epsilon: float) -> float:

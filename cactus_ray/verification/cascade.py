@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.config import ThreatConfig
@@ -19,7 +20,7 @@ from cactus_ray.errors import UserError
 from cactus_ray.verification import stages
 from cactus_ray.verification.engine import bind
 from cactus_ray.verification.hints import Hints
-from cactus_ray.verification.soundness import Batch, Model, SoundnessError, exact_arithmetic
+from cactus_ray.verification.soundness import Batch, Model, SoundnessError
 from cactus_ray.verification.verdict import SampleVerdict, VerificationSettings
 from cactus_ray.verification.work import Work
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds import linear
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.rounding import Rounding, gamma
 from cactus_ray.bounds.rows import Rows
 from cactus_ray.errors import UnsupportedGraphError, UserError
 from cactus_ray.verification import disjuncts
-from cactus_ray.verification.soundness import Model, exact_arithmetic, is_out_of_memory
+from cactus_ray.verification.soundness import Model, is_out_of_memory
 from cactus_ray.verification.unsafe import Unsafe
 from cactus_ray.verification.vnnlib import Specification
 from cactus_ray.verification.witness import ContradictionError, Replay, Witness, confirmed, descend, search

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.compression.family import Family, nearest
 from cactus_ray.config import ThreatConfig
@@ -23,7 +24,6 @@ from cactus_ray.verification.soundness import (
     Batch,
     Model,
     SoundnessError,
-    exact_arithmetic,
     halving,
     margins_at,
     replays,

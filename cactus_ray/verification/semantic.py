@@ -30,6 +30,7 @@ from cactus_ray.verification.transforms import Domain, Transform, draw
 Logits = Callable[[Tensor], Tensor]
 """Logits [N, classes] of images [N, C, H, W]."""
 
+MOST_DRAWS = 10**7
 AT_ONCE = 500
 """Transformed images of one sample at once; fixed, because a runtime's last bits may depend on the batch."""
 GROUPS = 5
@@ -44,12 +45,12 @@ class SemanticSettings:
     """What is claimed, how surely, and by how many draws per sample."""
 
     confidence: float = setting(
-        0.99, doc="probability with which a bound is right", exclusive_minimum=0.0, exclusive_maximum=1.0
+        0.99, doc="probability with which a bound is right", exclusive_minimum=0.0, maximum=1.0 - 1e-12
     )
     flip: float = setting(
-        0.001, doc="largest flip probability at which a sample holds", exclusive_minimum=0.0, exclusive_maximum=1.0
+        0.001, doc="largest flip probability at which a sample holds", minimum=1e-6, exclusive_maximum=1.0
     )
-    draws: int = setting(doc="independent transformations per sample", minimum=1, maximum=10**7)
+    draws: int = setting(doc="independent transformations per sample", minimum=1, maximum=MOST_DRAWS)
     seed: int = setting(0, doc="seed of the transformations", minimum=0, maximum=2**31 - 1)
 
 

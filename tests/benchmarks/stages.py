@@ -12,12 +12,13 @@ from torch import Tensor
 
 from cactus_ray.bounds import interval
 from cactus_ray.bounds.alpha import Margins, Search, alpha_margins
+from cactus_ray.bounds.exact import exact_arithmetic
 from cactus_ray.bounds.graph import Graph, Params, forward
 from cactus_ray.bounds.rounding import Rounding
 from cactus_ray.verification.attack import attack
 from cactus_ray.verification.branch import Budget, branch
 from cactus_ray.verification.engine import CactusEngine
-from cactus_ray.verification.soundness import Batch, Model, exact_arithmetic, proved
+from cactus_ray.verification.soundness import Batch, Model, proved
 from cactus_ray.verification.verdict import VerificationSettings
 
 Clock = Callable[[], float]

@@ -62,6 +62,19 @@ def test_all_strategies_and_kinds_of_perturbation_can_be_timed() -> None:
     assert set(kinds) == set(config.AWP_KINDS)
 
 
+def test_strategies_without_cactus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "train", "--methods", "ibp", "--strategies", "awp"]) == 2
+    assert "--strategies: got 'awp'; expected nothing without cactus" in " ".join(capsys.readouterr().err.split())
+
+
+def test_attacked_tails_begin_where_the_network_can_be_cut() -> None:
+    options = BenchOptions("resnet18", 0.02, None, "1x8x8", 8, "taps,staps", None, "1", 1, 1, "cpu", False)
+    cases = _cases(options, (1, 8, 8))
+    assert [config.tail_layers for _, config in cases] == [3, 3]  # a residual connection crosses 2
+    smaller = BenchOptions("cnn_small", 1.0, None, "1x8x8", 8, "taps", None, "1", 1, 1, "cpu", False)
+    assert [config.tail_layers for _, config in _cases(smaller, (1, 8, 8))] == [2]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # hidden by dynamo
 def test_compiled_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cactus_ray.training.compiled.BACKEND", "aot_eager")
@@ -79,6 +92,7 @@ def test_compiled_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         ("--methods", "sabr,nothing", "separated by commas"),
         ("--strategies", "single,pair", "all, or some of single, single/4"),
         ("--model", "vgg", "one of"),
+        ("--device", "tpu", "cpu or cuda"),
     ],
 )
 def test_bad_options_are_refused(option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,22 @@ def test_different_sizes_ask_for_image_size(root: Path) -> None:
         load(config(root), ("train",))
 
 
+def test_hidden_copies_are_left_out(root: Path) -> None:
+    before = load(config(root), ("train", "selection")).images
+    for cat in sorted((root / "train" / "cat").iterdir()):
+        kept = cat.parent / ".ipynb_checkpoints" / cat.name
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_bytes(cat.read_bytes())
+    after = load(config(root), ("train", "selection")).images
+    assert all(torch.equal(before[split], after[split]) for split in before)
+
+
+def test_a_link_to_nowhere_is_named(root: Path) -> None:
+    (root / "train" / "cat" / "lost.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(UserError, match=r"cat/lost\.png: broken image"):
+        load(config(root), ("train",))
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "flipped"])
 def test_broken_image_is_named(root: Path, damage: str) -> None:
     path = root / "train" / "dog" / "07.png"

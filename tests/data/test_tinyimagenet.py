@@ -84,7 +84,7 @@ def _damage(folder: Path, what: str) -> None:
         ("no tab", r"val_annotations\.txt:1: got 'val_0.JPEG n02124075'; expected FILE<tab>CLASS"),
         ("broken image", r"val_3\.JPEG: broken image"),
         ("missing image", r"val_3\.JPEG: broken image"),
-        ("other size", r"val_3\.JPEG has 32x32"),
+        ("other size", r"val_3\.JPEG: got 32x32 pixels; expected 64x64"),
         ("no classes", r"wnids\.txt: 0 lines; expected one class per line"),
     ],
 )

@@ -250,7 +250,8 @@ def test_a_condition_of_a_group_and_of_its_member_both_hold() -> None:
 def test_conditions_on_lists_survive_being_written_out() -> None:
     widths = {"values": [[32], [64, 32]]}
     momentum = {"min": 0.1, "max": 0.9, "when": {"model.hidden": [[64, 32]]}}
-    space = parse_space(with_parameters(**{"model.hidden": widths, "train.momentum": momentum}))
+    readers = {"model": {"name": "mlp"}, "train": {"optimizer": "sgd"}}
+    space = parse_space(with_parameters(**{"model.hidden": widths, "train.momentum": momentum}) | readers)
     assert space.is_active(space.parameters[1], {"model.hidden": (64, 32)})
     assert parse_space(yaml.safe_load(yaml.safe_dump(space.to_dict()))) == space
 
@@ -313,6 +314,9 @@ def test_null_takes_a_key_away() -> None:
         ("learning_rate", "null", ["--set learning_rate", "None", "finite number"]),
         ("verification.sample", "5", ["--set verification.sample", "verification.samples"]),
         ("parameters", "{}", ["--set parameters", "no such key"]),
+        ("nrs_weight", "0.5", ["--set nrs_weight", "that a possible method reads", "nrsloss would"]),
+        ("resources.workers", "3", ["train.batch_size", "64", "a multiple of resources.workers = 3"]),
+        ("train.precision", "bf16", ["train.precision", "bf16", "resources.gpus_per_worker is 0"]),
         ("levels", "[int7]", ["levels[0]", "int7", "int8"]),
         ("name", "[", ["--set name", "line 1", "valid YAML"]),
     ],
@@ -526,6 +530,27 @@ BAD_PARAMETERS = [
     (
         {"compression_set.family": {"value": "ls-l1"}, "compression_set.channels": {"value": 0.5}},
         "compression_set.channels", "0.5", "every member of family ls-l1 loses channels",
+    ),
+    (
+        {"train.momentum": {"min": 0.5, "max": 0.9}},
+        "parameters.train.momentum", "train.momentum", "without train.optimizer: sgd",
+    ),
+    ({"model.hidden": {"values": [[8], [16]]}}, "parameters.model.hidden", "model.hidden", "without model.name: mlp"),
+    (
+        {"compression_set.strategy": {"value": "none"}, "compression_set.high": {"min": 0.5, "max": 0.9}},
+        "parameters.compression_set.high", "compression_set.high", "compression_set.strategy: single or triple",
+    ),
+    (
+        {"compression_set.size": {"values": [3, 4]}},
+        "parameters.compression_set.size", "compression_set.size", "random or fixed",
+    ),
+    (
+        {"awp_unit": {"values": ["step", "std"]}}, "parameters.awp_unit", "awp_unit", "without awp_radius above 0",
+    ),
+    ({"train.precision": {"values": ["bf16", "float32"]}}, "parameters.train.precision", "bf16", "gpus_per_worker"),
+    (
+        {"method": {"values": ["taps", "ibp"]}, "train.ramp": {"values": [0.98, 0.3]}},
+        "train.ramp", "0.98", "taps begins where the ramp ends",
     ),
 ]  # fmt: skip
 

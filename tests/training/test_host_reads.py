@@ -26,6 +26,7 @@ from cactus_ray.training.stages import WHOLE
 ON_THE_HOST = {
     "prune.py keep_largest": "a shortcut that only a CPU takes",
     "sets.py _uniform": "drawn by a generator on the host",
+    "sets.py prunings": "the same",
     "cactus.py _deltas": "a seed drawn by a generator on the host",
     "c_sam.py _noisy": "a seed drawn by a generator on the host",
     "atmc.py _after_quantised": "a counter that stays on the host",
@@ -89,6 +90,7 @@ def _cases() -> dict[str, tuple[dict[str, Any], int]]:
         cases[f"cactus {strategy}"] = {"method": "cactus", "compression_set": {"strategy": strategy}}, 0
     for family in ("gs-l2", "ls-l1", "lu-grad"):
         cases[f"cactus {family}"] = {"method": "cactus", "compression_set": {"family": family}}, 0
+    cases["cactus channels"] = {"method": "cactus", "compression_set": {"channels": 0.5}}, 0
     for kind in ("ascent", "noise", "rounding"):
         for member in ("separate", "pruned"):
             cases[f"cactus {kind} {member}"] = (
@@ -126,6 +128,7 @@ def test_the_host_reads_nothing_in_a_step(case: str, run_config: Any, few_digits
 
 
 def test_no_place_is_listed_in_vain(run_config: Any, few_digits: DataSet, reads: _Reads) -> None:
-    cases = ("cactus single", "cactus noise separate", "c_sam mask", "cactus adaptive", "atmc quantised")
+    of_cactus = (f"cactus {case}" for case in ("single", "channels", "noise separate", "adaptive"))
+    cases = (*of_cactus, "c_sam mask", "atmc quantised")
     seen = set().union(*(_seen(case, run_config, few_digits, reads).copy() for case in cases))
     assert seen == set(ON_THE_HOST) | set(WAITS)

@@ -100,6 +100,8 @@ def test_best_counts_only_after_the_ramp(run_config: Any, few_digits: DataSet) -
     chosen = max(after, key=lambda i: (scores[i], -i))
     if chosen == 7:
         assert_same(result.best, result.last)
+    else:
+        assert not torch.equal(result.best.params["fc1.weight"], result.last.params["fc1.weight"])
     assert result.network is result.best
     continued = train(config, few_digits, report=go_on, state=networks[chosen])
     assert_same(continued.best, result.best)
@@ -318,5 +320,12 @@ def test_training_radius_may_exceed_the_threat(run_config: Any, few_digits: Data
 
 
 def test_a_tail_that_the_model_does_not_have_is_refused_at_once(run_config: Any, few_digits: DataSet) -> None:
+    with pytest.raises(ConfigError, match=r"train\.crop_padding: got 8; expected less than the 8 pixels of a side"):
+        train(run_config(train__crop_padding=8), few_digits, report=go_on)
+    with pytest.raises(ConfigError, match=r"train\.batch_size: got 1; expected at least 2 images a step and worker"):
+        train(run_config(model=BATCH_NORM, train__batch_size=1), few_digits, report=go_on)
+    seldom = {"method": "cactus", "compression_set": {"member_fraction": 0.01}}
+    with pytest.raises(ConfigError, match=r"compression_set\.member_fraction: got 0\.01; .*members see 1"):
+        train(run_config(model=BATCH_NORM, **seldom), few_digits, report=go_on)
     with pytest.raises(ConfigError, match=r"tail_layers: got 5; expected one of 1, 2"):
         train(run_config(method="taps", tail_layers=5), few_digits, report=go_on)

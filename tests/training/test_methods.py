@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Params, is_buffer
+from cactus_ray.compression.levels import parse_level
+from cactus_ray.compression.materialize import materialize, remove_channels
 from cactus_ray.compression.prune import masks
-from cactus_ray.config import AWP_UNITS, CERTIFIED_LOSSES, STRATEGIES, RunConfig
+from cactus_ray.config import AWP_UNITS, CERTIFIED_LOSSES, PRUNE_FAMILIES, STRATEGIES, RunConfig
 from cactus_ray.config import METHODS as NAMES
 from cactus_ray.data import DataSet
 from cactus_ray.errors import ConfigError
@@ -131,11 +133,42 @@ def _record_members(monkeypatch: pytest.MonkeyPatch) -> list[Params]:
     return seen
 
 
-@pytest.mark.parametrize("family", ["gu-grad", "lu-l2", "gs-l2", "ls-grad"])
-def test_other_families(family: str, run_config: Any, few_digits: DataSet) -> None:
-    losses, gradients = take(make_step(run_config(**CACTUS, compression_set={"family": family}), few_digits))
+@pytest.mark.parametrize("family", PRUNE_FAMILIES)
+def test_members_of_every_family(
+    family: str, run_config: Any, few_digits: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(**CACTUS, compression_set={"family": family, "low": 0.6, "high": 0.6})
+    other = make_step(config, few_digits)
+    full_loss(other, "sabr")[0].backward()  # type: ignore[no-untyped-call]
+    mask = masks(other.graph, other.params, family, 0.6, other.gradients())
+    step = make_step(config, few_digits)
+    members = _record_members(monkeypatch)
+    losses, gradients = take(step)
     assert len(losses) == 2
     assert all(g.isfinite().all() for g in gradients.values())
+    for name, tensor in members[0].items():
+        assert torch.equal(tensor, step.params[name] * mask.get(name, 1.0)), name
+
+
+@pytest.mark.parametrize(("unit", "level"), [("step", "int8"), ("int4", "int4")])
+@pytest.mark.parametrize("chosen", [{"family": "gs-l2"}, {"strategy": "fixed", "size": 3, "channels": 0.5}])
+def test_a_rounded_member_without_channels_is_the_level(
+    chosen: dict[str, Any], unit: str, level: str, run_config: Any, few_digits: DataSet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    config = run_config(
+        **CACTUS, awp_radius=0.5, awp_unit=unit, awp_kind="rounding", awp_member="pruned",
+        compression_set={"low": 0.5, "high": 0.5} | chosen, model={"name": "cnn_small", "batch_norm": False},
+    )  # fmt: skip
+    step = make_step(config, few_digits)
+    members = _record_members(monkeypatch)
+    take(step)
+    (place,) = (i for i, family in enumerate(step.memory["families"]) if family == "gs-l2")
+    mask = step.memory["masks"][place]
+    _, found = remove_channels(step.graph, members[place], mask)
+    deployed = materialize(step.graph, step.params, parse_level(f"prune:gs-l2:0.5+{level}")).params
+    for name in (n for n in found if n.endswith("weight")):
+        torch.testing.assert_close(found[name], deployed[name], rtol=1e-5, atol=1e-6)
 
 
 def test_members_lose_weights_and_channels_in_turns(

@@ -22,6 +22,19 @@ def test_regularizer_by_hand() -> None:
     assert _seen(center, radius, 0.1).value().item() == pytest.approx(1.0)
 
 
+def test_the_input_is_the_normalised_one() -> None:
+    center, radius = torch.tensor([[1.0, -4.0]]), torch.full((1, 2), 0.4)
+    visitor = RampRegularizer()
+    visitor(Node("input", "input"), Box(torch.zeros(1, 2), torch.full((1, 2), 0.025)))
+    visitor(Node("normalize", "scale_shift", ("input",)), Box(torch.zeros(1, 2), torch.full((1, 2), 0.1)))
+    visitor(Node("fc", "linear", ("normalize",)), Box(center, radius))
+    visitor(Node("relu", "relu", ("fc",)), Box(center, radius))
+    assert visitor.value().item() == pytest.approx(1.0)
+    # a layer's output that is scaled is no input any more
+    visitor(Node("scale", "scale_shift", ("relu",)), Box(center, 9 * radius))
+    assert visitor.value().item() == pytest.approx(1.0)
+
+
 def test_regularizer_without_stable_neurons_is_finite_with_finite_gradient() -> None:
     center = torch.tensor([[0.1, -0.1]], requires_grad=True)
     radius = torch.full((1, 2), 0.4, requires_grad=True)

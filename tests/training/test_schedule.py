@@ -45,3 +45,10 @@ def test_learning_rate_falls_at_each_fraction() -> None:
 def test_weight_of_crown_is_a_line_in_epsilon() -> None:
     assert [crown_weight_at(e, 0.2, 0.5) for e in (0.0, 0.1, 0.2)] == pytest.approx([1.0, 0.75, 0.5])
     assert crown_weight_at(0.0, 0.0, 0.5) == 0.5  # without a threat there is no ramp
+
+
+def test_the_ramp_ends_where_it_says_whatever_is_rounded() -> None:
+    for percent in range(100):
+        train = TrainConfig(warmup=percent / 100, ramp=1 - percent / 100)
+        assert ramp_at(1.0, train) == 1.0
+        assert epsilon_at(1.0, train, 0.1) == 0.1

@@ -65,7 +65,7 @@ SWITCHES = {
 CHECK = """
 import warnings; warnings.simplefilter("error")
 import torch
-from cactus_ray.verification.soundness import exact_arithmetic
+from cactus_ray.bounds.exact import exact_arithmetic
 backends = torch.backends
 names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv")
 def state():

@@ -15,7 +15,8 @@ class RampRegularizer:
 
     Per ReLU: ``relu(t - r_in / r) / t`` keeps the mean radius r in front of it from growing beyond that of the input;
     ``relu(t - rho) / t`` for mean and for variance keeps the stably active and inactive centres in balance, rho being
-    the smaller of their ratio and its inverse. A ReLU without stable neurons on both sides has no balance term.
+    the smaller of their ratio and its inverse. A ReLU without stable neurons on both sides has no balance term. The
+    input is that of the first layer, normalised where the network does so, as in the code of Shi et al. and of CTBench.
     """
 
     def __init__(self, tolerance: float = 0.5) -> None:
@@ -25,7 +26,7 @@ class RampRegularizer:
         self._relus: list[Box] = []
 
     def __call__(self, node: Node, box: Box) -> None:
-        if node.op == "input":
+        if node.op == "input" or (node.op == "scale_shift" and self._boxes[node.inputs[0]] is self._input):
             self._input = box
         elif node.op in RELUS:
             self._relus.append(self._boxes[node.inputs[0]])

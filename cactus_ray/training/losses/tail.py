@@ -26,13 +26,18 @@ def tail_of(graph: Graph, layers: int) -> Graph:
     Its input bears the name of the node in front. Raises ConfigError where there are fewer layers or a residual
     connection crosses the cut.
     """
-    possible = [count for count in range(1, len(graph.weighted()) + 1) if _crossing(graph, count) is None]
+    possible = possible_tails(graph)
     if layers not in possible:
         allowed = f"one of {', '.join(map(str, possible))}: no other cut of this network meets a single tensor"
         raise ConfigError("tail_layers", layers, allowed)
     first = graph.weighted()[-layers]
     shape = graph.input_shape  # of the whole network; the box in front of the tail has its own
     return Graph((Node(first.inputs[0], "input"), *_from(graph, first)), shape)
+
+
+def possible_tails(graph: Graph) -> list[int]:
+    """How many last convolutions and linear layers can be cut off, a single tensor going in; increasing."""
+    return [count for count in range(1, len(graph.weighted()) + 1) if _crossing(graph, count) is None]
 
 
 def _from(graph: Graph, first: Node) -> tuple[Node, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.codebook import cluster
-from cactus_ray.compression.factorize import PARTS
+from cactus_ray.compression.factorize import PARTS, entries
 from cactus_ray.compression.prune import keep_largest
 from cactus_ray.config import RunConfig
 from cactus_ray.training.stages import Stage
@@ -57,7 +57,7 @@ def _entries(config: RunConfig, graph: Graph, params: Params) -> int:
     """How many nonzeros may stay, of as many as all weights have."""
     assert config.target_sparsity is not None
     total = sum(params[f"{node.name}.weight"].numel() for node in graph.weighted())
-    return total - round(config.target_sparsity * total)
+    return entries(1.0 - config.target_sparsity, total)
 
 
 def _project(tensors: list[Tensor], kept: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Params
-from cactus_ray.compression.prune import apply_masks, masks
+from cactus_ray.compression.prune import apply_masks, masks, without_removed_inputs
 from cactus_ray.compression.sets import draw, prunings
 from cactus_ray.config import CompressionSetConfig
 from cactus_ray.training import perturb
@@ -49,9 +49,11 @@ def cactus(step: Step) -> Iterator[Tensor]:
 
     if deltas is not None:
         yield share * member_loss(step, perturb.apply(step.params, deltas), region, kind)
-    for mask in kept:
+    for family, mask in kept:
         member = apply_masks(step.params, mask)
         if perturbed and not separate:
+            if family[1] == "s":  # steps and grids are those of the smaller network that is deployed
+                member = without_removed_inputs(step.graph, member, mask)
             member = perturb.apply(member, _deltas(step, member, region, mask))
         yield share * member_loss(step, member, region, kind)
 
@@ -65,8 +67,8 @@ def _sparsities(step: Step, chosen: CompressionSetConfig) -> tuple[float, ...]:
     return sparsities
 
 
-def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ...]) -> list[Params]:
-    """Masks from the current weights, kept as long as the sparsities are.
+def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ...]) -> list[tuple[str, Params]]:
+    """Families, and masks from the current weights, kept as long as the sparsities are.
 
     Families scored by gradients take the one of the full network's loss on this batch, the mean over all workers.
     """
@@ -75,9 +77,9 @@ def _masks(step: Step, chosen: CompressionSetConfig, sparsities: tuple[float, ..
         if sparsities and chosen.family.endswith("-grad"):
             gradients = _shared_gradients(step)
         made = prunings(chosen, sparsities, step.generator)
+        step.memory["families"] = [family for family, _ in made]
         step.memory["masks"] = [masks(step.graph, step.params, family, s, gradients) for family, s in made]
-    kept: list[Params] = step.memory["masks"]
-    return kept
+    return list(zip(step.memory["families"], step.memory["masks"], strict=True))
 
 
 def _shared_gradients(step: Step) -> Params:
