@@ -319,6 +319,38 @@ def test_a_dry_run_estimates_every_method_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"parameters": {"method": {"values": ["ibp", "taps"]}, "tail_layers": {"values": [2, 9]}}},
+            "tail_layers: got 9; expected one of 1, 2",
+        ),
+        (
+            {"model": {"name": "resnet18", "width": 0.02}, "parameters": {"method": {"values": ["ibp", "staps"]}}},
+            "tail_layers: got 2; expected one of 1, 3, 6",
+        ),
+        (
+            {"parameters": {"model.batch_norm": {"values": [False, True]},
+                            "compression_set.member_fraction": {"values": [0.01, 0.5]}}},
+            "compression_set.member_fraction: got 0.01; expected at least 2 images",
+        ),
+        (
+            {"parameters": {"train.crop_padding": {"values": [1, 8]}}},
+            "train.crop_padding: got 8; expected less than the 8 pixels of a side",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_trial_could_train_is_refused_before_launch(
+    change: dict[str, Any], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "never.yaml"
+    file.write_text(yaml.safe_dump({**SPACE, **change}))
+    status, _, err = cactus_ray(capsys, "search", file, "--runs", tmp_path / "runs")
+    assert (status, words in " ".join(err.split())) == (2, True), err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_dry_run_says_that_rungs_do_not_apply_constraints(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
