@@ -398,7 +398,7 @@ def test_a_trial_is_priced_by_the_shares_of_its_phases(monkeypatch: pytest.Monke
     train = {"epochs": 10, "batch_size": 64, "warmup": 0.1, "ramp": 0.4}
     shared = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "threat": {"epsilon": 0.1}, "train": train}
 
-    def passes(call: Any, *rest: Any) -> float:
+    def passes(call: Any, *rest: Any, **options: Any) -> float:
         mine = getattr(call, "__self__", None)
         return 1.0 if mine is None else estimated_units(mine.run.config, mine.run.graph, mine.run.params, mine.phase)
 

@@ -18,7 +18,7 @@ def runs(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
 def test_epochs_cost_the_same_over_warm_up_ramp_and_stages(runs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a step's seconds were its passes."""
 
-    def passes(call: Any, *rest: Any) -> float:
+    def passes(call: Any, *rest: Any, **options: Any) -> float:
         mine = getattr(call, "__self__", None)
         return 1.0 if mine is None else estimated_units(mine.run.config, mine.run.graph, mine.run.params, mine.phase)
 

@@ -12,7 +12,7 @@ from cactus_ray.bounds.graph import forward
 from cactus_ray.config import RunConfig, parse
 from cactus_ray.data import DataSet
 from cactus_ray.models import create
-from cactus_ray.training.bench import Costs, Spread, StepCost, _Alive, _Bench, measure
+from cactus_ray.training.bench import Costs, Spread, StepCost, _Alive, _Bench, _period, _timed, measure
 from cactus_ray.training.passes import FULL, RAMP, WARM_UP, Phase, estimated_units, ideal_units, phases
 
 FINAL = Phase()
@@ -231,3 +231,27 @@ def test_peak_counts_what_is_alive_and_not_what_is_gone() -> None:
     assert 8000 < alive.peak <= 16000  # never all the ten thousands that came and went
     del kept, both
     assert alive.bytes == 0
+
+
+def test_dear_steps_count_with_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], [0]
+
+    def call() -> None:
+        calls[0] += 1
+        now[0] += 10.0 if calls[0] % 3 == 0 else 1.0
+
+    monkeypatch.setattr("time.process_time", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    assert _timed(call, 4, "cpu") == 1.0
+    calls[0] = 0
+    assert _timed(call, 4, "cpu", period=3) == 4.0
+    assert calls[0] == 6  # whole periods
+
+
+def test_periods_are_those_of_masks_and_codebooks() -> None:
+    quantised = Phase("quantised", 3)
+    assert _period(config(method="atmc", train={"epochs": 4}), quantised) == 10
+    assert _period(config(method="atmc", train={"epochs": 4}), Phase("sparse", 1)) == 1
+    assert _period(config(**cactus(1, "single", set={"refresh_every": 7})), FINAL) == 7
+    assert _period(config(**cactus(1, "single", set={"refresh_every": 500})), FINAL) == 1  # next to never
+    assert _period(config(method="sabr"), FINAL) == 1
