@@ -30,8 +30,9 @@ bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True, pret
 app.add_typer(bench_app, name="bench")
 # Recent typer brings its own copy of click, so click's name for the parent of all usage errors may be another class.
 UsageError: Any = typer.BadParameter.__mro__[1]
-out = Console()
-err = Console(stderr=True)
+# what is printed quotes names and values, which are no markup and hold no emoji codes
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 SpaceFile = Annotated[
     Path, typer.Argument(help="YAML search space, such as search_spaces/digits.yaml.", show_default=False)
@@ -383,6 +384,7 @@ def verify(
 
         del of_linf["--seconds-per-sample"]  # never read here
         data_options = {"--data": data, "--root": root, "--levels": levels, "--samples": samples}
+        data_options |= {"--split": None if split == "test" else split}
         _refuse(data_options | of_linf, "the specification of --vnnlib says what is asked; give one of the two")
         verify_vnnlib(out, network, vnnlib, timeout=timeout, to=to, as_json=as_json)
         return

@@ -26,7 +26,7 @@ from cactus_ray.verification.verdict import VerificationSettings
 def stages(console: Console, enabled: bool) -> Iterator[Callable[[str, int, int], None]]:
     """One progress bar per stage that reports (stage, done, total)."""
     tasks: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not enabled, transient=True) as progress:
 
         def report(stage: str, done: int, total: int) -> None:

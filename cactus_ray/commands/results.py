@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from cactus_ray.errors import UserError
 from cactus_ray.search.store import append_line
+
+T = TypeVar("T")
 
 
 class Results:
@@ -66,7 +68,20 @@ def _read(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
             f"--out: {path} was begun with other settings ({', '.join(differing)}: {key} was {earlier.get(key)!r}, is"
             f" {settings.get(key)!r}); continue with the same ones or choose another file"
         )
-    return [p for p in parsed if p is not None and "settings" not in p]
+    rows = [p for p in parsed if p is not None and "settings" not in p]
+    for row in rows:
+        if not isinstance(row.get("result"), dict):
+            raise UserError(f"--out: {path}: {json.dumps(row)[:80]} holds no result; remove that line")
+    return rows
+
+
+def recorded(kind: type[T], plain: Mapping[str, Any], record: Results | None) -> T:
+    """A result as it was written from a dataclass. UserError for one with other fields."""
+    try:
+        return kind(**plain)
+    except TypeError as error:
+        place = record.path if record is not None else ""
+        raise UserError(f"--out: {place}: {json.dumps(plain)[:80]} is no such result; remove that line") from error
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from cactus_ray.commands.results import Results
+from cactus_ray.commands.results import Results, recorded
 from cactus_ray.compression.family import Family
 from cactus_ray.config import DataConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import load, subset
@@ -60,7 +60,7 @@ class Job:
 
 def summary_row(job: Job, epsilon: float, show: Show) -> dict[str, Any]:
     """Counts of the verdicts at one radius."""
-    known = {row["index"]: parse(Row, row, "--out") for row in job.recorded(epsilon=epsilon)}
+    known = {row.index: row for row in (parse(Row, plain, "--out") for plain in job.recorded(epsilon=epsilon))}
 
     def keep(rows: Sequence[Row]) -> None:
         for row in rows:
@@ -71,7 +71,10 @@ def summary_row(job: Job, epsilon: float, show: Show) -> dict[str, Any]:
         samples=job.samples, progress=show, known=known, keep=keep, family=job.family,
     )  # fmt: skip
     family = {} if job.family is None else {"family": to_dict(job.family)}
-    return {"level": job.level, **family, "epsilon": epsilon, "split": job.split, **asdict(found.summary)}
+    settings = {"domain": job.domain, "bound": job.settings.bound, "arithmetic": job.settings.arithmetic}
+    return {
+        "level": job.level, **family, "epsilon": epsilon, **settings, "split": job.split, **asdict(found.summary)
+    }  # fmt: skip
 
 
 def radius_rows(job: Job, largest: float, show: Show) -> list[dict[str, Any]]:
@@ -91,7 +94,7 @@ def radius_rows(job: Job, largest: float, show: Show) -> list[dict[str, Any]]:
     right = margins(logits, labels) > 0
     threat = ThreatConfig(epsilon=largest, domain=job.domain)
     tolerance = TOLERANCE * (job.domain[1] - job.domain[0])
-    done = {row["index"]: SampleRadius(**row) for row in job.recorded()}
+    done = {row.index: row for row in (recorded(SampleRadius, plain, job.record) for plain in job.recorded())}
     for position, index in enumerate(indices):
         if index not in done and not bool(right[position]):
             done[index] = SampleRadius(index, int(labels[position]), None, 0.0, 0.0)

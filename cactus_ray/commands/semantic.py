@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from cactus_ray.commands.pick import stages
-from cactus_ray.commands.results import Results, open_results
-from cactus_ray.commands.sources import deployed_files
+from cactus_ray.commands.results import Results, open_results, recorded
+from cactus_ray.commands.sources import Deployed, deployed_files
 from cactus_ray.config import DataConfig, parse
 from cactus_ray.data import load, subset
 from cactus_ray.deploy.certificate import fitted, refuse_misfit
+from cactus_ray.deploy.document import versions
 from cactus_ray.deploy.replay import answers, runner
 from cactus_ray.errors import ConfigError
 from cactus_ray.interchange.read import read_onnx
@@ -86,7 +87,7 @@ class _Job:
         key = {"level": self.level, "transform": str(transform)}
         rows = self.record.rows if self.record is not None else []
         known = [r["result"] for r in rows if all(r.get(k) == v for k, v in key.items())]
-        done = {result["index"]: SampleFlips(**result) for result in known}
+        done = {row.index: row for row in (recorded(SampleFlips, result, self.record) for result in known)}
         chosen = subset(len(labels), self.samples).tolist()
         for position, index in enumerate(chosen, 1):
             if index not in done:
@@ -115,7 +116,8 @@ def verify_semantic(
     if options.transform is None:
         raise ConfigError("--transform", None, "NAME:AMOUNT such as rotation:15, or several separated by commas")
     transforms = parse_transforms(options.transform, "--transform")
-    source, threat, files = deployed_files(network, levels, data, root, split)
+    deployed = deployed_files(network, levels, data, root, split)
+    source, files = deployed.data, deployed.files
     total = len(load(source, (split,)).split(split)[1])
     settings = options.settings(min(total, samples or total))
     rows = []
@@ -123,24 +125,25 @@ def verify_semantic(
         show = stack.enter_context(stages(console, not as_json))
         if to is not None:
             files = list(files)
-        record = stack.enter_context(_record(to, files, source, split, settings))
+        record = stack.enter_context(_record(to, files, deployed, split, settings))
         for level, file in files:
-            domain = threat.domain if threat else (0.0, 1.0)
-            job = _Job(level, file, source, split, domain, samples, settings, record)
+            job = _Job(level, file, source, split, deployed.domain, samples, settings, record)
             rows += [job.row(transform, show) for transform in transforms]
     _print(console, rows, transforms, as_json)
 
 
 def _record(
-    to: Path | None, files: Iterable[tuple[str, bytes]], data: DataConfig, split: str, settings: SemanticSettings
+    to: Path | None, files: Iterable[tuple[str, bytes]], deployed: Deployed, split: str, settings: SemanticSettings
 ) -> AbstractContextManager[Results | None]:
     """The file of counts. Confidence and limit are not among its settings: counts do not depend on them."""
     if to is None:
         return nullcontext()
     hashes = {level: hashlib.sha256(file).hexdigest() for level, file in files}
+    data = deployed.data
     where = {"files": hashes, "data": data.name, "split": split, "digest": load(data, (split,)).digests[split]}
     counted = {"semantic_draws": settings.draws, "semantic_seed": settings.seed}
-    return open_results(to, {"threat": "semantic"} | where | counted)
+    made = {"domain": deployed.domain, "versions": versions()}
+    return open_results(to, {"threat": "semantic"} | where | counted | made)
 
 
 def _print(console: Console, rows: list[dict[str, Any]], transforms: tuple[Transform, ...], as_json: bool) -> None:

@@ -22,10 +22,11 @@ from cactus_ray.commands.pick import stages
 from cactus_ray.commands.report import space_of
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
-from cactus_ray.commands.sources import Files, deployed_files
+from cactus_ray.commands.sources import Deployed, Files, deployed_files
 from cactus_ray.compression.family import Family
-from cactus_ray.config import DataConfig, RunConfig, ThreatConfig, parse, to_dict
+from cactus_ray.config import RunConfig, ThreatConfig, parse, to_dict
 from cactus_ray.data import load
+from cactus_ray.deploy.document import versions
 from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.models.network import load as load_network
@@ -108,7 +109,7 @@ def train(
     start = load_network(init) if init else None
     data = load(config.data, ("train", "selection"))
     torch.set_num_threads(training.threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json) as progress:
         task = progress.add_task("epochs", total=config.train.epochs)
 
@@ -150,14 +151,16 @@ def verify(
     verdicts on every rounding of a level's weights at once. Raises
     UserError for bad input, RunFailedError where a certified sample is falsified.
     """
-    source, threat, files = deployed_files(network, levels, data, root, split)
+    deployed = deployed_files(network, levels, data, root, split)
+    source, domain, files = deployed.data, deployed.domain, deployed.files
     effort = {"seconds_per_sample": seconds_per_sample} | ({} if bound is None else {"bound": bound})
     settings = parse(VerificationSettings, effort, "verification")
     if family is not None and radius:
         raise ConfigError("--radius", True, "one of --radius and --family")
-    radii = [0.0] if radius and epsilon is None else _radii(epsilon, threat)
-    domain = threat.domain if threat else (0.0, 1.0)
-    largest = (max(radii) or domain[1] - domain[0]) if radius else None
+    radii = [domain[1] - domain[0]] if radius and epsilon is None else _radii(epsilon, deployed.epsilon)
+    largest = max(radii) if radius else None
+    if largest == 0.0:
+        raise ConfigError("--epsilon", epsilon, "more than 0 with --radius: radii are sought up to the largest")
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         progress = stack.enter_context(stages(console, not as_json))
@@ -167,7 +170,7 @@ def verify(
         if to is not None:
             settings = replace(settings, batch_size=min(settings.batch_size, BATCH_OF_RESULTS))
         asked = radii if largest is None else largest
-        record = stack.enter_context(_record(to, files, source, split, settings, asked, family))
+        record = stack.enter_context(_record(to, files, deployed, split, settings, asked, family))
         for level, file in files:
             job = Job(level, file, source, split, domain, settings, samples, record, around.get(level))
             try:
@@ -187,38 +190,41 @@ def verify(
 
 
 def _record(
-    to: Path | None, files: Files, data: DataConfig, split: str, settings: VerificationSettings, radii: Any,
+    to: Path | None, files: Files, deployed: Deployed, split: str, settings: VerificationSettings, radii: Any,
     family: FamilyOptions | None,
 ) -> AbstractContextManager[Results | None]:  # fmt: skip
     """The file of results, for exactly these files, data and settings; None where none is wanted."""
     if to is None:
         return nullcontext()
     hashes = {level: hashlib.sha256(file).hexdigest() for level, file in files}
-    digest = load(data, (split,)).digests[split]
+    digest = load(deployed.data, (split,)).digests[split]
     what = {"radius": radii} if isinstance(radii, float) else {"epsilon": radii}
     what |= {} if family is None else {"family": asdict(family)}
-    verification = {f"verification.{key}": value for key, value in to_dict(settings).items()}
-    return open_results(
-        to, {"files": hashes, "data": data.name, "split": split, "digest": digest} | what | verification
-    )
+    what |= {f"verification.{key}": value for key, value in to_dict(settings).items()}
+    # another version may answer otherwise, and a mended verifier must not go on from what it was mended for
+    what |= {"domain": deployed.domain, "versions": versions()}
+    return open_results(to, {"files": hashes, "data": deployed.data.name, "split": split, "digest": digest} | what)
 
 
 def _relabelled(progress: Callable[[str, int, int], None], label: str, stage: str, done: int, total: int) -> None:
     progress(f"{label}: {stage}", done, total)
 
 
-def _radii(text: str | None, threat: ThreatConfig | None) -> list[float]:
+def _radii(text: str | None, trained: float | None) -> list[float]:
     if text is None:
-        if threat is None:
+        if trained is None:
             raise UserError("--epsilon: an ONNX file does not say which radius; give one, such as --epsilon 0.1")
-        return [threat.epsilon]
+        return [trained]
     parts = [part.strip() for part in text.split(",")]
     try:
         values = [part if "/" in part else float(part) for part in parts]
     except ValueError:
         expected = "a number or several separated by commas, such as 0.05,0.1 or 8/255"
         raise ConfigError("--epsilon", text, expected) from None
-    return [parse(ThreatConfig, {"epsilon": value}, "--epsilon").epsilon for value in values]
+    try:
+        return [parse(ThreatConfig, {"epsilon": value}).epsilon for value in values]
+    except ConfigError as error:
+        raise ConfigError("--epsilon", error.value, error.expected) from None
 
 
 def _print(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
@@ -235,6 +241,9 @@ def _print(console: Console, rows: list[dict[str, Any]], as_json: bool) -> None:
             str(row["n_falsified"]), str(row["n_unknown"]), f"{100 * low:.1f}-{high:.1%}",
         )  # fmt: skip
     console.print(table)
-    console.print(f"{rows[0]['samples']} samples of the {rows[0]['split']} split", highlight=False)
+    first = rows[0]
+    low, high = first["domain"]
+    where = f"{first['samples']} samples of the {first['split']} split, pixels from {low:g} to {high:g}"
+    console.print(f"{where}; bound {first['bound']}, {first['arithmetic']} arithmetic", highlight=False)
     for family in dict.fromkeys(parse(Family, row["family"]) for row in rows if "family" in row):
         console.print(f"every verdict is about {words(family)}", highlight=False, soft_wrap=True)

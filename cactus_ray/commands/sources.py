@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cactus_ray.compression.levels import parse_levels
@@ -19,10 +20,21 @@ Files = Iterable[tuple[str, bytes]]
 """Levels and their ONNX files."""
 
 
-def deployed_files(
-    network: Path, levels: str | None, data: str | None, root: Path | None, split: str
-) -> tuple[DataConfig, ThreatConfig | None, Files]:
-    """The data, the threat of training (None for an ONNX file) and the files of a network at some levels, in order.
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """The files of a network at some levels, in order, and what they are about.
+
+    ``epsilon``: radius of training, None where the file does not say. ``domain``: smallest and largest pixel value.
+    """
+
+    data: DataConfig
+    epsilon: float | None
+    domain: tuple[float, float]
+    files: Files
+
+
+def deployed_files(network: Path, levels: str | None, data: str | None, root: Path | None, split: str) -> Deployed:
+    """What is to be verified.
 
     Raises UserError for a file that cannot be read, a level or a split that is none, and data that nobody names.
     """
@@ -35,17 +47,29 @@ def deployed_files(
     return _of_network(load_network(network), levels, data, root)
 
 
-def _of_onnx(path: Path, data: str | None, root: Path | None) -> tuple[DataConfig, ThreatConfig | None, Files]:
+def _of_onnx(path: Path, data: str | None, root: Path | None) -> Deployed:
     _, _, metadata = read_onnx(path)
     name = data or metadata.get("cactus_ray.data")
     if name is None:
         raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
-    return _data(name, root, None), None, [(metadata.get("cactus_ray.level", "as stored"), path.read_bytes())]
+    level, domain = metadata.get("cactus_ray.level", "as stored"), _domain(path, metadata.get("cactus_ray.domain"))
+    return Deployed(_data(name, root, None), None, domain, [(level, path.read_bytes())])
 
 
-def _of_network(
-    trained: Network, levels: str | None, data: str | None, root: Path | None
-) -> tuple[DataConfig, ThreatConfig | None, Files]:
+def _domain(path: Path, stated: str | None) -> tuple[float, float]:
+    """What the file says of its pixels: balls are clipped to it, and a smaller one would certify more."""
+    if stated is None:
+        return 0.0, 1.0
+    try:
+        low, high = parse(ThreatConfig, {"epsilon": 0.0, "domain": json.loads(stated)}).domain
+    except (ValueError, UserError):
+        low = high = 0.0
+    if not low < high:
+        raise UserError(f"{path}: metadata cactus_ray.domain: got {stated!r}; expected two increasing numbers")
+    return low, high
+
+
+def _of_network(trained: Network, levels: str | None, data: str | None, root: Path | None) -> Deployed:
     config = trained.config
     name = data or (config.data.name if config else None)
     if name is None:
@@ -53,8 +77,9 @@ def _of_network(
     source = _data(name, root, config.data if config else None)
     threat = config.threat if config else None
     domain = threat.domain if threat else (0.0, 1.0)
-    chosen = parse_levels((levels or "dense").split(","), "--levels")
-    return source, threat, ((str(level), at_level(trained, str(level), source, domain).file) for level in chosen)
+    chosen = parse_levels(("dense" if levels is None else levels).split(","), "--levels")
+    files = ((str(level), at_level(trained, str(level), source, domain).file) for level in chosen)
+    return Deployed(source, threat.epsilon if threat else None, domain, files)
 
 
 def _data(name: str, root: Path | None, trained_on: DataConfig | None) -> DataConfig:

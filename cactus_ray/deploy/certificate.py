@@ -143,6 +143,9 @@ def certify_file(
     right = (margins(logits, labels) > 0).tolist()
     claims = _Claims(graph, params, run, threat, settings, family)
     done = {index: known[index] for index in indices if index in known} if known else {}
+    for position, index in enumerate(indices):
+        if index in done:
+            _refuse_contradiction(done[index], int(labels[position]), right[position])
     waiting = [p for p, index in enumerate(indices) if index not in done]
     for start in range(0, len(waiting), settings.batch_size):
         part = waiting[start : start + settings.batch_size]
@@ -161,6 +164,16 @@ def certify_file(
         file, graph, params, metadata, section, loaded.class_names, threat, settings, agreement, tuple(rows),
         summarise(rows),
     )  # fmt: skip
+
+
+def _refuse_contradiction(row: Row, label: int, right: bool) -> None:
+    """Raise UserError for a known verdict that cannot be of this file on this sample."""
+    clean = row.verdict == Verdict.FALSIFIED and row.decided_by == CLEAN
+    if row.label == label and clean != right:
+        return
+    found = f"class {row.label}, {row.verdict} by {row.decided_by}"
+    here = f"class {label}, which the file itself answers {'rightly' if right else 'wrongly'}"
+    raise UserError(f"known verdict of sample {row.index}: got {found}; expected one of {here}")
 
 
 def document(

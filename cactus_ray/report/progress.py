@@ -48,7 +48,7 @@ class StudyProgress:
 
     def __init__(self, space: Space, records: Records, *, enabled: bool = True, console: Console | None = None) -> None:
         self.space, self.enabled = space, enabled
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, markup=False, emoji=False)
         self.lock = threading.RLock()
         self.ended = sum(t.status in ("completed", "failed", "stopped") for t in records.drawn())
         points = records.points()

@@ -1,6 +1,7 @@
 """``cactus-ray verify``: radii, and results that are recorded and resumed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from cactus_ray import cli
+from cactus_ray.commands.sources import deployed_files
+from cactus_ray.config import ThreatConfig
+from cactus_ray.models.network import load as load_network
+from cactus_ray.models.network import save
 
 SMOKE = str(Path(__file__).parents[2] / "search_spaces" / "smoke.yaml")
 FIXED = [
@@ -127,3 +132,102 @@ def test_a_file_of_flat_features_and_one_sample(tmp_path: Path, capsys: pytest.C
     assert row["n_certified"] > 0
     radii = shown(capsys, *arguments, "--radius", "--epsilon", "0.1")["samples"]
     assert sum(r["certified"] is not None for r in radii) == round(40 * row["standard_accuracy"])
+
+
+def test_a_file_is_verified_in_the_domain_that_it_states(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_network(network)
+    assert trained.config is not None
+    wide = ThreatConfig(epsilon=0.05, domain=(-1.0, 2.0))
+    save(replace(trained, config=replace(trained.config, threat=wide)), tmp_path / "wide.safetensors")
+    (level, file), *_ = deployed_files(tmp_path / "wide.safetensors", None, None, None, "test").files
+    (tmp_path / "wide.onnx").write_bytes(file)
+    common = ("--epsilon", "0.05", "--samples", "60")
+    (of_network,) = shown(capsys, str(tmp_path / "wide.safetensors"), *common)
+    (of_file,) = shown(capsys, str(tmp_path / "wide.onnx"), *common)
+    assert of_file == of_network
+    assert (level, of_file["domain"]) == ("dense", [-1.0, 2.0])
+    (narrow,) = shown(capsys, str(network), *common)
+    assert narrow["domain"] == [0.0, 1.0]
+    assert narrow["n_certified"] > of_file["n_certified"]
+    assert cli.run(["verify", str(tmp_path / "wide.onnx"), *common]) == 0
+    assert "pixels from -1 to 2; bound crown, float32 arithmetic" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("stated", ["[1, 0]", "[0, 1", '"wide"', "[0, NaN]", "[0]"])
+def test_a_domain_that_is_none_is_refused(
+    stated: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (_, file), *_ = deployed_files(network, None, None, None, "test").files
+    model = onnx.load_from_string(file)
+    next(entry for entry in model.metadata_props if entry.key == "cactus_ray.domain").value = stated
+    onnx.save(model, tmp_path / "odd.onnx")
+    assert cli.run(["verify", str(tmp_path / "odd.onnx"), "--epsilon", "0.05"]) == 2
+    assert f"metadata cactus_ray.domain: got '{stated}'" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"verdict": "CERTIFIED", "decided_by": "crown", "lower_bound": 1.0, "counterexample": None}, "wrongly"),
+        ({"label": 11}, "class 11"),
+        ({"certainty": 1}, "no such key"),
+    ],
+)
+def test_recorded_verdicts_that_cannot_be_are_refused(
+    change: dict[str, Any], words: str, network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.jsonl"
+    arguments = ["verify", str(network), "--epsilon", "0.02", "--samples", "40", "--out", str(path)]
+    assert cli.run(arguments) == 0
+    first, *rows = lines(path)
+    wrong = next(row for row in rows if row["result"]["decided_by"] == "clean")
+    wrong["result"] |= change
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, *rows)))
+    assert cli.run(arguments) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("row", [{"level": "dense"}, {"level": "dense", "result": 3}])
+def test_a_row_without_a_result_is_refused(
+    row: dict[str, Any], network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "radii.jsonl"
+    arguments = ["verify", str(network), "--radius", "--samples", "2", "--out", str(path)]
+    assert cli.run(arguments) == 0
+    kept = path.read_text()
+    path.write_text(kept + json.dumps(row) + "\n")
+    assert cli.run(arguments) == 2
+    assert "holds no result" in capsys.readouterr().err
+    path.write_text(kept + json.dumps({"level": "dense", "result": {"index": 1}}) + "\n")
+    assert cli.run(arguments) == 2
+    assert "is no such result" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--epsilon", "-0.1"], "--epsilon: got -0.1; expected"),
+        (["--epsilon", "0", "--radius"], "--epsilon: got '0'; expected more than 0 with --radius"),
+        (["--levels", ""], "--levels"),
+        (["--levels", "prune:gu-l1"], "prune:FAMILY:SPARSITY"),  # no emoji codes are read in what is said
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], words: str, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["verify", str(network), *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_names_are_printed_as_they_are(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are no markup and colons no emoji, wherever a name comes from."""
+    (_, file), *_ = deployed_files(network, None, None, None, "test").files
+    model = onnx.load_from_string(file)
+    next(entry for entry in model.metadata_props if entry.key == "cactus_ray.level").value = "[/x]:smile:"
+    onnx.save(model, tmp_path / "odd.onnx")
+    assert cli.run(["verify", str(tmp_path / "odd.onnx"), "--epsilon", "0.05", "--samples", "3"]) == 0
+    assert "[/x]:smile:" in capsys.readouterr().out
+    assert cli.run(["verify", str(tmp_path / "a:smile:[b].onnx"), "--epsilon", "0.05"]) == 2
+    assert "a:smile:[b].onnx" in "".join(capsys.readouterr().err.split())
