@@ -2,7 +2,7 @@
 
 onnxruntime fuses such pairs and the layer between them into one kernel of integers. Read is only what both ways of
 running a file compute alike, up to rounding: it ignores the scale of an integer bias, rounds floating-point weights and
-biases of quantised layers to integers, and merges quantisers that follow one another.
+biases of quantised layers to integers, merges quantisers that follow one another, and may add products in 16 bits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CODE_LAYOUT = ("Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpos
 LEAST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 SAME_SCALE = 2.0**-20
 """Relative difference up to which the scale of a bias is the product of those of inputs and weights."""
+LARGEST_INT8 = 64
+"""Magnitude of int8 weights up to which the sum of two products with 8-bit inputs fits in 16 bits."""
 RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
@@ -85,6 +87,7 @@ def refuse_inexact(reader: Reader, node: onnx.NodeProto) -> None:
     if quantiser is None:
         return
     weight, scales = _decoded(reader, node, 1, (torch.uint8, torch.int8))
+    _refuse_saturating(reader, node)
     rows = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
     sums = (weight.abs().flatten(1).sum(1) if rows else weight.abs().sum(0)) * reach(quantiser)
     if reader.has(node, 2):
@@ -100,6 +103,22 @@ def refuse_inexact(reader: Reader, node: onnx.NodeProto) -> None:
         raise UnsupportedGraphError(
             f"{node.op_type} ({label(node)}): sums of its integers may reach {float(sums.max()):.4g}; 32 bits hold"
             f" {LARGEST_SUM}"
+        )
+
+
+def _refuse_saturating(reader: Reader, node: onnx.NodeProto) -> None:
+    """int8 weights that may saturate: on x86 CPUs without VNNI two products are added in 16 bits (255 * 64 * 2 fit).
+
+    onnxruntime does so for inputs of both types, whatever their zero points are, since it multiplies codes as stored
+    (int8 inputs are moved to uint8). Kernels of uint8 weights are exact.
+    """
+    codes = reader.constants[reader.makers[node.input[1]].input[0]]
+    largest = int(codes.int().abs().max()) if codes.dtype == torch.int8 else 0
+    if largest > LARGEST_INT8:
+        raise UnsupportedGraphError(
+            f"{node.op_type} ({label(node)}) on quantised values: its int8 weight {node.input[1]!r} holds codes up to"
+            f" {largest}, whose products onnxruntime adds in 16 bits on some CPUs; expected at most {LARGEST_INT8}"
+            " (reduce_range of onnxruntime's quantiser), or uint8 weights"
         )
 
 

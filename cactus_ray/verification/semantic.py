@@ -44,9 +44,7 @@ _UP = 1.0 + 1e-9  # more than the error of the incomplete beta function's invers
 class SemanticSettings:
     """What is claimed, how surely, and by how many draws per sample."""
 
-    confidence: float = setting(
-        0.99, doc="probability with which a bound is right", minimum=1e-6, maximum=1.0 - 1e-12
-    )
+    confidence: float = setting(0.99, doc="probability with which a bound is right", minimum=1e-6, maximum=1.0 - 1e-12)
     flip: float = setting(
         0.001, doc="largest flip probability at which a sample holds", minimum=1e-6, exclusive_maximum=1.0
     )
