@@ -32,7 +32,7 @@ from cactus_ray.report.tracking_actor import tracking
 from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.fresh import fresh_samples
 from cactus_ray.search.rungs import epoch_costs
-from cactus_ray.search.space import NAME, Space, load_space, parse_space
+from cactus_ray.search.space import NAME, Space, check_launch, load_space, parse_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
 from cactus_ray.search.study import Study
 from cactus_ray.search.upkeep import Upkeep
@@ -112,7 +112,8 @@ def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
     data = load(space.data, ("train", "selection"))
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
     untrained = _untrained(example_configuration(space), data, options)
-    _refuse_untrainable(space, data, lambda run: _untrained(run, data, options).graph)
+    if options.from_scratch or not (options.run / "trials.jsonl").exists():
+        _refuse_untrainable(space, data, lambda run: _untrained(run, data, options).graph)
     return data, untrained
 
 
@@ -209,6 +210,8 @@ def settings(
     start = pack(load_network(init)) if init is not None else None
     driver = DriverOptions(address=address, storage=storage, trust_code=trust_code, init=start)
     run = runs / (name or space.name)
+    if from_scratch or not (run / "trials.jsonl").exists():
+        check_launch(space, str(space_file))
     if source is None and source_study is not None:
         raise UserError(f"--from-study: got {source_study!r}; expected nothing without --from")
     return space, SearchOptions(

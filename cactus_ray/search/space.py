@@ -234,8 +234,6 @@ def _check_together(space: Space) -> None:
         raise ConfigError("threat.epsilon", space.threat.epsilon, f"at most the width of the domain, {high - low:g}")
     _check_sparsities(space)
     _check_channels(space)
-    _check_workers(space)
-    _check_read(space)
     check_sampler(space)
     first = {p.name: p.domain.ends()[0] for p in space.parameters}
     space.configuration(first, 1)  # what RunConfig checks over several keys
@@ -271,6 +269,18 @@ def _check_channels(space: Space) -> None:
     if largest > 0.0 and structured:
         expected = "families of single weights (gu-..., lu-...) in every draw with compression_set.channels above 0; "
         raise ConfigError(f"parameters.{drawn[0].name}", drawn[0].domain.to_dict(), expected + f"got {structured[0]}")
+
+
+def check_launch(space: Space, source: str) -> None:
+    """What a new study must not begin with, although an earlier one may have been made with it and stays readable.
+
+    Raises ConfigError, with the file's name ``source``.
+    """
+    try:
+        _check_workers(space)
+        _check_read(space)
+    except ConfigError as error:
+        raise error.at(source) from None
 
 
 def _check_workers(space: Space) -> None:

@@ -14,7 +14,7 @@ from cactus_ray.config import METHODS, RunConfig, parse
 from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.search.domains import Choices
 from cactus_ray.search.sampler import OptunaSampler
-from cactus_ray.search.space import load_space, parse_space
+from cactus_ray.search.space import check_launch, load_space, parse_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
@@ -315,8 +315,6 @@ def test_null_takes_a_key_away() -> None:
         ("verification.sample", "5", ["--set verification.sample", "verification.samples"]),
         ("parameters", "{}", ["--set parameters", "no such key"]),
         ("nrs_weight", "0.5", ["--set nrs_weight", "that a possible method reads", "nrsloss would"]),
-        ("resources.workers", "3", ["train.batch_size", "64", "a multiple of resources.workers = 3"]),
-        ("train.precision", "bf16", ["train.precision", "bf16", "resources.gpus_per_worker is 0"]),
         ("levels", "[int7]", ["levels[0]", "int7", "int8"]),
         ("name", "[", ["--set name", "line 1", "valid YAML"]),
     ],
@@ -532,6 +530,24 @@ BAD_PARAMETERS = [
         "compression_set.channels", "0.5", "every member of family ls-l1 loses channels",
     ),
     (
+        {"method": {"values": ["taps", "ibp"]}, "train.ramp": {"values": [0.98, 0.3]}},
+        "train.ramp", "0.98", "taps begins where the ramp ends",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "path", "value", "hint"), BAD_KEYS)
+def test_a_bad_key_is_refused(change: dict[str, Any], path: str, value: str, hint: str) -> None:
+    assert_refused({**copy.deepcopy(MINIMAL), **change}, path, value, hint)
+
+
+@pytest.mark.parametrize(("parameters", "path", "value", "hint"), BAD_PARAMETERS)
+def test_a_bad_parameter_is_refused(parameters: dict[str, Any], path: str, value: str, hint: str) -> None:
+    assert_refused(with_parameters(**parameters), path, value, hint)
+
+
+UNREAD = [
+    (
         {"train.momentum": {"min": 0.5, "max": 0.9}},
         "parameters.train.momentum", "train.momentum", "without train.optimizer: sgd",
     ),
@@ -548,21 +564,28 @@ BAD_PARAMETERS = [
         {"awp_unit": {"values": ["step", "std"]}}, "parameters.awp_unit", "awp_unit", "without awp_radius above 0",
     ),
     ({"train.precision": {"values": ["bf16", "float32"]}}, "parameters.train.precision", "bf16", "gpus_per_worker"),
-    (
-        {"method": {"values": ["taps", "ibp"]}, "train.ramp": {"values": [0.98, 0.3]}},
-        "train.ramp", "0.98", "taps begins where the ramp ends",
-    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "path", "value", "hint"), BAD_KEYS)
-def test_a_bad_key_is_refused(change: dict[str, Any], path: str, value: str, hint: str) -> None:
-    assert_refused({**copy.deepcopy(MINIMAL), **change}, path, value, hint)
+@pytest.mark.parametrize(("parameters", "path", "value", "hint"), UNREAD)
+def test_what_nothing_would_read_is_refused_at_launch(
+    parameters: dict[str, Any], path: str, value: str, hint: str
+) -> None:
+    space = parse_space(with_parameters(**parameters))  # of an earlier study it stays readable
+    with pytest.raises(ConfigError) as caught:
+        check_launch(space, "dir/file.yaml")
+    assert str(caught.value).startswith(f"dir/file.yaml: {path}: got '{value}'"), str(caught.value)
+    assert hint in str(caught.value)
 
 
-@pytest.mark.parametrize(("parameters", "path", "value", "hint"), BAD_PARAMETERS)
-def test_a_bad_parameter_is_refused(parameters: dict[str, Any], path: str, value: str, hint: str) -> None:
-    assert_refused(with_parameters(**parameters), path, value, hint)
+def test_what_the_workers_cannot_do_is_refused_at_launch() -> None:
+    for override, message in (
+        ({"resources.workers": "3"}, "f.yaml: train.batch_size: got 64; expected a multiple of resources.workers = 3"),
+        ({"train.precision": "bf16"}, "f.yaml: train.precision: got 'bf16'; expected float32 without a GPU"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+            check_launch(parse_space(MINIMAL, overrides=override), "f.yaml")
+    check_launch(parse_space(MINIMAL, overrides={"resources.workers": "2"}), "f.yaml")
 
 
 def assert_refused(data: dict[str, Any], path: str, value: str, hint: str) -> None:
