@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from cactus_ray.errors import UserError
 from cactus_ray.report.page import write_page
-from cactus_ray.search.space import Space, parse_space
+from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import Records, read_records, write_tables
 
 
@@ -17,7 +15,7 @@ def space_of(run: Path) -> Space:
     path = run / "space.yaml"
     if not path.is_file():
         raise UserError(f"{run}: holds no space.yaml; expected the folder of a run, such as runs/digits")
-    return parse_space(yaml.safe_load(path.read_text()), str(path))
+    return load_space(path)
 
 
 def rebuild(run: Path) -> Records:

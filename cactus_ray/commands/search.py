@@ -32,7 +32,7 @@ from cactus_ray.report.tracking_actor import tracking
 from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.fresh import fresh_samples
 from cactus_ray.search.rungs import epoch_costs
-from cactus_ray.search.space import NAME, Space, check_launch, load_space, parse_space
+from cactus_ray.search.space import NAME, Space, check_launch, load_space
 from cactus_ray.search.store import Records, RunStore, read_records, write_tables
 from cactus_ray.search.study import Study
 from cactus_ray.search.upkeep import Upkeep
@@ -68,10 +68,10 @@ def search(space: Space, options: SearchOptions) -> Records:
     example = example_configuration(space)
     data, untrained = prepared(space, options)
     refuse_full_disk(space, data, untrained, options.run)
-    store = _open(space, options)
-    with store.lock():
-        _write_space(space, store.path / "space.yaml")
+    with _set_aside(options) as forget, (store := _open(space, options)).lock():
         records = read_records(store.path, verdicts=False) if store.file.exists() else Records()
+        _refuse_other_begin(records.study, data, options)
+        _write_space(space, store.path / "space.yaml")
         upkeep = Upkeep(space, store, records)
         reference = records.study.get("reference_point") or reference_point(space, untrained)
         past = _past(space, options, records, reference)
@@ -87,6 +87,7 @@ def search(space: Space, options: SearchOptions) -> Records:
                 warm = {"source": options.source, "study": options.source_study} if options.source else None
                 begin = {"init": _digest(options.driver.init), "from": warm, "none_fresh": none_fresh}
                 study.begin(describe(space, data) | begin, reference)
+            forget()
             if past is not None:
                 study.work()
                 study.warm(past)
@@ -101,6 +102,61 @@ def search(space: Space, options: SearchOptions) -> Records:
                 write_tables(store.path, records, space.front)
                 write_page(store.path)
         return records
+
+
+@contextlib.contextmanager
+def _set_aside(options: SearchOptions) -> Iterator[Callable[[], None]]:
+    """The run that ``--from-scratch`` deletes stands aside until the new one has begun, and comes back if it cannot.
+
+    Yields what deletes it. Raises UserError for a folder that is no run, or whose trials the new one shall take up.
+    """
+    run, aside = options.run, None
+    if options.from_scratch and run.exists():
+        if not (run / "trials.jsonl").exists() and any(run.iterdir()):
+            raise UserError(
+                f"--from-scratch: {run} holds no trials.jsonl, so it is not a run of ours; nothing was deleted"
+            )
+        if options.source is not None and Path(options.source).resolve() == run.resolve():
+            raise UserError(f"--from: got {options.source!r}, which --from-scratch would delete; choose another --name")
+        with RunStore(run).lock():
+            pass  # refuse while another driver works in it
+        aside = _free(run)
+        run.rename(aside)
+
+    def forget() -> None:
+        nonlocal aside
+        if aside is not None:
+            shutil.rmtree(aside)
+            aside = None
+
+    try:
+        yield forget
+    except BaseException:
+        if aside is not None:
+            shutil.rmtree(run, ignore_errors=True)
+            aside.rename(run)
+        raise
+
+
+def _free(run: Path) -> Path:
+    """A name beside the run's that nothing has yet: what a killed driver had set aside stays."""
+    names = (run.with_name(f".{run.name}.replaced{number}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+def _refuse_other_begin(study: Mapping[str, Any], data: DataSet, options: SearchOptions) -> None:
+    """Raise UserError where a study would go on with other images, by whose indices its verdicts are kept, or from
+    another network."""
+    for split, digest in study.get("digests", {}).items():
+        if split in data.digests and data.digests[split] != digest:
+            raise UserError(
+                f"{options.run}: begun with other images: the {split} split had SHA-256 {digest[:16]}, {data.name} has"
+                f" {data.digests[split][:16]} now; expected the same data.root, or another --name"
+            )
+    begun, now = study.get("init"), _digest(options.driver.init)
+    if "init" in study and begun != now:
+        was, here = (f"of SHA-256 {digest[:16]}" if digest else "none" for digest in (begun, now))
+        raise UserError(f"--init: got {here}; {options.run} was begun with {was}: expected the same, or another --name")
 
 
 def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network:
@@ -231,18 +287,10 @@ def resumed(runs: Path, name: str) -> Path:
 def _open(space: Space, options: SearchOptions) -> RunStore:
     """The run's folder: new, or the one of an earlier driver if it asked for the same."""
     run = options.run
-    if options.from_scratch and run.exists():
-        if not (run / "trials.jsonl").exists() and any(run.iterdir()):
-            raise UserError(
-                f"--from-scratch: {run} holds no trials.jsonl, so it is not a run of ours; nothing was deleted"
-            )
-        with RunStore(run).lock():
-            pass  # refuse while another driver works in it
-        shutil.rmtree(run)
     store = RunStore(run)
     written = run / "space.yaml"
     if written.exists():
-        before = parse_space(yaml.safe_load(written.read_text()), str(written)).to_dict()
+        before = load_space(written).to_dict()
         if difference := _difference(before, space.to_dict()):
             raise UserError(
                 f"{run}: made with another space ({difference}); choose another --name, or --from-scratch to delete it"
