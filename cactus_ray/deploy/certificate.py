@@ -78,8 +78,9 @@ INTEGERS = (
     "the runtime computes a layer between quantisers in floating-point numbers, or in integers: products of codes are "
     "added exactly in 32 bits, then scaled in float32 (additions of branches also in fixed point of at least 22 bits) "
     "and rounded; how ties are rounded is free, and rounding may turn a code beside a tie into its neighbour",
-    "kernels that saturate before 32 bits are not allowed: onnxruntime's of uint8 inputs times int8 weights do on x86 "
-    "CPUs without VNNI, those of uint8 times uint8, as in the files that this tool writes, do not",
+    "kernels that saturate these sums before 32 bits are not allowed; onnxruntime's of uint8 times uint8, as in the "
+    "files that this tool writes, do not, and where those of uint8 times int8 could, in 16 bits on x86 CPUs without "
+    "VNNI, a file is refused",
 )
 """What is assumed as well where activations are quantised."""
 ASSUMPTIONS = (

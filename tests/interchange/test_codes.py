@@ -197,6 +197,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"units": np.float32([0.5, 0.25, 0.125])}, "the scale of its bias is not that of its inputs times"),
     ({"weight scale": np.float32([0.5, 0.25, 1e-20])}, "expected scales between"),
     ({"bias": np.array([2**31 - 1, 0, 0], np.int32)}, "sums of its integers may reach"),
+    ({"weight": np.full((3, 4), 65, np.int8)}, "Gemm.*'weight codes' holds the int8 codes 65 and 65 in one output"),
     ({"product": "MatMul"}, "MatMul.*its weight 'columns' is not dequantised"),
     ({"behind": ["QuantizeLinear"]}, "are codes; expected DequantizeLinear"),
     ({"behind": ["QuantizeLinear", "DequantizeLinear", "Relu", "QuantizeLinear", "DequantizeLinear"]}, ""),
