@@ -2,7 +2,7 @@
 
 onnxruntime fuses such pairs and the layer between them into one kernel of integers. Read is only what both ways of
 running a file compute alike, up to rounding: it ignores the scale of an integer bias, rounds floating-point weights and
-biases of quantised layers to integers, merges quantisers that follow one another, and may add products in 16 bits.
+biases of quantised layers to integers, merges quantisers that follow one another, and saturates on large int8 weights.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CODE_LAYOUT = ("Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpos
 LEAST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 SAME_SCALE = 2.0**-20
 """Relative difference up to which the scale of a bias is the product of those of inputs and weights."""
-LARGEST_INT8 = 64
-"""Magnitude of int8 weights up to which the sum of two products with 8-bit inputs fits in 16 bits."""
 RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
+LARGEST_PAIR = 128
+"""Up to which the sum of two int8 codes, each times a uint8 code of an input, fits 16 bits: 255 * 128 < 2 ** 15."""
 
 
 def quantize_linear(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> None:
@@ -87,8 +87,8 @@ def refuse_inexact(reader: Reader, node: onnx.NodeProto) -> None:
     if quantiser is None:
         return
     weight, scales = _decoded(reader, node, 1, (torch.uint8, torch.int8))
-    _refuse_saturating(reader, node)
     rows = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
+    _refuse_saturating(reader, node, rows)
     sums = (weight.abs().flatten(1).sum(1) if rows else weight.abs().sum(0)) * reach(quantiser)
     if reader.has(node, 2):
         bias, units = _decoded(reader, node, 2, (torch.int32,))
@@ -106,20 +106,29 @@ def refuse_inexact(reader: Reader, node: onnx.NodeProto) -> None:
         )
 
 
-def _refuse_saturating(reader: Reader, node: onnx.NodeProto) -> None:
-    """int8 weights that may saturate: on x86 CPUs without VNNI two products are added in 16 bits (255 * 64 * 2 fit).
+def _refuse_saturating(reader: Reader, node: onnx.NodeProto, rows: bool) -> None:
+    """Raises where two products of one sum may leave 16 bits in a kernel of uint8 times int8.
 
-    onnxruntime does so for inputs of both types, whatever their zero points are, since it multiplies codes as stored
-    (int8 inputs are moved to uint8). Kernels of uint8 weights are exact.
+    On x86 CPUs without VNNI such kernels add products in pairs and saturate (vpmaddubsw). Codes count as they are
+    stored: zero points are put right afterwards. int8 inputs are no way out, since onnxruntime turns them into uint8
+    there. Which codes are a pair depends on the kernel: any two of an output channel may be. uint8 weights are exact.
     """
-    codes = reader.constants[reader.makers[node.input[1]].input[0]]
-    largest = int(codes.int().abs().max()) if codes.dtype == torch.int8 else 0
-    if largest > LARGEST_INT8:
-        raise UnsupportedGraphError(
-            f"{node.op_type} ({label(node)}) on quantised values: its int8 weight {node.input[1]!r} holds codes up to"
-            f" {largest}, whose products onnxruntime adds in 16 bits on some CPUs; expected at most {LARGEST_INT8}"
-            " (reduce_range of onnxruntime's quantiser), or uint8 weights"
-        )
+    name = reader.makers[node.input[1]].input[0]
+    codes = reader.constants[name]
+    if codes.dtype != torch.int8:
+        return
+    terms = codes.int().flatten(1) if rows else codes.int().T  # [output channels, terms of a sum]
+    for largest in (True, False):
+        pairs = terms.topk(min(2, terms.shape[1]), largest=largest).values
+        worst = pairs[pairs.sum(1).abs().argmax()]
+        if abs(int(worst.sum())) > LARGEST_PAIR:
+            first, second = worst.tolist()
+            raise UnsupportedGraphError(
+                f"{node.op_type} ({label(node)}) on quantised values: {name!r} holds the int8 codes {first} and"
+                f" {second} in one output channel; onnxruntime's kernels on x86 CPUs without VNNI saturate in 16 bits"
+                f" there; expected int8 codes of which no two add up to more than {LARGEST_PAIR} in magnitude (such as"
+                " -64 to 64: reduce_range), or uint8 codes"
+            )
 
 
 def _decoded(

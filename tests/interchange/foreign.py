@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 
@@ -102,5 +103,45 @@ def products(addition: bool) -> bytes:
     shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", d]) for n, d in (("image", 4), ("y", 3))]
     values = [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()]
     graph = helper.make_graph(nodes, "products", shapes[:1], shapes[1:], values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+UNIT, OUT = 2.0**-8, 2.0**-6
+"""Scale of the inputs and weights of ``one_layer``, and of its outputs where they are quantised."""
+
+
+def one_layer(
+    op: str, codes: NDArray[Any], zero: np.integer[Any], *, weight_zero: int = 0, image: tuple[int, ...] = ()
+) -> bytes:  # fmt: skip
+    """A layer of 8-bit weights [outputs, inputs] on quantised values: "Gemm", "columns" (transB = 0), "MatMul", "Conv".
+
+    All scales are powers of two: products and sums are exact. Conv (1x1) is fused only where a quantiser follows.
+    """
+    rows, columns = codes.shape
+    turned = op in ("columns", "MatMul")
+    stored = codes.reshape(rows, columns, 1, 1) if op == "Conv" else np.ascontiguousarray(codes.T if turned else codes)
+    tensors = {
+        "s": np.float32(UNIT), "z": zero, "out": np.float32(OUT), "middle": np.uint8(128), "w": stored,
+        "ws": np.full(rows, UNIT, np.float32), "wz": np.full(rows, weight_zero, codes.dtype),
+    }  # fmt: skip
+    nodes = [
+        *([] if op == "Conv" else [helper.make_node("Flatten", ["image"], ["row"])]),
+        helper.make_node("QuantizeLinear", ["image" if op == "Conv" else "row", "s", "z"], ["c"]),
+        helper.make_node("DequantizeLinear", ["c", "s", "z"], ["v"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["W"], axis=int(turned)),
+        helper.make_node({"columns": "Gemm"}.get(op, op), ["v", "W"], ["y"], **({"transB": 1} if op == "Gemm" else {})),
+    ]
+    if op == "Conv":
+        nodes += [
+            helper.make_node("QuantizeLinear", ["y", "out", "middle"], ["d"]),
+            helper.make_node("DequantizeLinear", ["d", "out", "middle"], ["e"]),
+            helper.make_node("Flatten", ["e"], ["flat"]),
+        ]
+    shape = image or ((columns, 1, 1) if op == "Conv" else (columns,))
+    named = ("image", ["N", *shape]), ("flat" if op == "Conv" else "y", ["N", rows])
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in named]
+    values = [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()]
+    graph = helper.make_graph(nodes, "one layer", shapes[:1], shapes[1:], values)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     return bytes(model.SerializeToString())

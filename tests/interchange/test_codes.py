@@ -197,8 +197,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"units": np.float32([0.5, 0.25, 0.125])}, "the scale of its bias is not that of its inputs times"),
     ({"weight scale": np.float32([0.5, 0.25, 1e-20])}, "expected scales between"),
     ({"bias": np.array([2**31 - 1, 0, 0], np.int32)}, "sums of its integers may reach"),
-    ({"weight": np.full((3, 4), 65, np.int8)}, "Gemm.*int8 weight 'matrix' holds codes up to 65.*expected at most 64"),
-    ({"weight": np.full((3, 4), -128, np.int8), "zero": np.int8(-5)}, "int8 weight 'matrix' holds codes up to 128"),
+    ({"weight": np.full((3, 4), 65, np.int8)}, "Gemm.*'weight codes' holds the int8 codes 65 and 65 in one output"),
     ({"product": "MatMul"}, "MatMul.*its weight 'columns' is not dequantised"),
     ({"behind": ["QuantizeLinear"]}, "are codes; expected DequantizeLinear"),
     ({"behind": ["QuantizeLinear", "DequantizeLinear", "Relu", "QuantizeLinear", "DequantizeLinear"]}, ""),
@@ -232,22 +231,6 @@ def test_onnxruntime_does_what_is_refused(tmp_path: Path) -> None:
         assert "QGemm" in kernels(file, tmp_path)
         first, second = (runs(file, images, level) for level in WAYS.values())
         assert float((first - second).abs().max()) > 0
-
-
-@pytest.mark.parametrize("zero", [np.uint8(0), np.int8(-128)])
-@pytest.mark.parametrize(
-    "weight", [np.full((3, 4), 64, np.int8), np.full((3, 4), -64, np.int8), np.full((3, 4), 255, np.uint8)]
-)
-def test_products_that_fit_in_16_bits_are_read_and_exact(weight: Any, zero: Any, tmp_path: Path) -> None:
-    """At the ends of the codes, where the sum of two products would be the first to saturate."""
-    file = Foreign(weight=weight, zero=zero).file()
-    read = read_network(file)
-    images = torch.cartesian_prod(*[torch.tensor([0.0, 3.0])] * 4)
-    box = possible_answers(read.graph, read.params, images)
-    assert "QGemm" in kernels(file, tmp_path)
-    for level in WAYS.values():
-        answers = runs(file, images, level)
-        assert bool(((answers >= box.lower) & (answers <= box.upper)).all())
 
 
 def test_products_are_read_but_not_an_addition_behind_them(tmp_path: Path) -> None:
