@@ -166,6 +166,7 @@ def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network
 def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
     """The data, and an untrained network of the space's largest model."""
     data = load(space.data, ("train", "selection"))
+    data.refuse_outside(space.threat.domain)
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
     untrained = _untrained(example_configuration(space), data, options)
     if options.from_scratch or not (options.run / "trials.jsonl").exists():

@@ -108,6 +108,7 @@ def train(
     place = device_of(device, training)
     start = load_network(init) if init else None
     data = load(config.data, ("train", "selection"))
+    data.refuse_outside(config.threat.domain)
     torch.set_num_threads(training.threads)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json) as progress:

@@ -13,7 +13,7 @@ from torch import Tensor
 from cactus_ray.config import DataConfig
 from cactus_ray.data.sources import SOURCES
 from cactus_ray.data.splits import subset
-from cactus_ray.errors import UserError
+from cactus_ray.errors import ConfigError, UserError
 
 SPLITS = ("train", "selection", "test")
 
@@ -40,6 +40,15 @@ class DataSet:
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    def refuse_outside(self, domain: tuple[float, float]) -> None:
+        """Raise ConfigError where a pixel of a loaded split lies outside of ``domain``: nothing of it could be
+        certified."""
+        low = min(float(images.min()) for images in self.images.values())
+        high = max(float(images.max()) for images in self.images.values())
+        if low < domain[0] or high > domain[1]:
+            held = f"an interval that holds the pixels of {self.name}, {low:g} to {high:g}"
+            raise ConfigError("threat.domain", list(domain), held)
 
     def split(self, name: str) -> tuple[Tensor, Tensor]:
         """Images and labels of a loaded split. Raises KeyError for a split that was not asked for."""

@@ -71,6 +71,9 @@ def mnist(root: str | None, image_size: int | None, split: str) -> Samples:
         train, selection = hold_out(len(labels), MNIST_SELECTION)
         chosen = torch.from_numpy(train if split == "train" else selection)
         images, labels = images[chosen], labels[chosen]
+    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) > 9:
+        found = f"labels from {int(labels.min())} to {int(labels.max())}" if len(labels) else "no images"
+        raise UserError(f"data.root: {root}: the {split} split has {found}; expected MNIST, {wanted}")
     return images[:, None].float().div_(255), labels.long(), TEN_DIGITS
 
 

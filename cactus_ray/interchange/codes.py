@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CODE_LAYOUT = ("Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Operators that may work on codes."""
+CONSTANT_LAYOUT = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators behind which a constant is still the weight that DequantizeLinear unpacked."""
 LEAST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 SAME_SCALE = 2.0**-20
 """Relative difference up to which the scale of a bias is the product of those of inputs and weights."""
@@ -56,6 +58,7 @@ def dequantize_linear(reader: Reader, node: onnx.NodeProto, attributes: Attribut
             f" {dict(quantiser.attributes)}"
         )
     reader.views[node.output[0]] = view
+    reader.decoded.add(node.output[0])
 
 
 def _numbers(reader: Reader, node: onnx.NodeProto) -> tuple[float, int, tuple[int, int]]:
@@ -104,6 +107,32 @@ def refuse_inexact(reader: Reader, node: onnx.NodeProto) -> None:
             f"{node.op_type} ({label(node)}): sums of its integers may reach {float(sums.max()):.4g}; 32 bits hold"
             f" {LARGEST_SUM}"
         )
+
+
+def refuse_rounded_inputs(reader: Reader, node: onnx.NodeProto) -> None:
+    """Raises UnsupportedGraphError for a product with integers as weights whose inputs a runtime may round to 8 bits.
+
+    onnxruntime (1.31) turns DequantizeLinear, perhaps with layout behind it, and MatMul or Gemm into MatMulNBits, which
+    by default quantises its inputs while it runs. It does not where Gemm reads rows (transB = 1) from DequantizeLinear
+    itself, nor where the inputs are codes, with which it makes one kernel of integers.
+    """
+    name, unpacked = node.input[1], False
+    while (maker := reader.makers.get(name)) is not None and not unpacked:
+        unpacked = maker.op_type == "DequantizeLinear"
+        if not unpacked and maker.op_type not in CONSTANT_LAYOUT:
+            return
+        name = maker.input[0]
+    if not unpacked:
+        return
+    rows = any(a.name == "transB" and a.i for a in node.attribute)
+    direct = reader.makers[node.input[1]].op_type == "DequantizeLinear"
+    if (rows and direct) or node.input[0] in reader.decoded:
+        return
+    raise UnsupportedGraphError(
+        f"{node.op_type} ({label(node)}): its weight {node.input[1]!r} is unpacked from integers, and onnxruntime may"
+        " round the inputs of such a product to 8 bits (MatMulNBits); expected Gemm with transB = 1 that reads"
+        " DequantizeLinear itself, or float32 weights"
+    )
 
 
 def _refuse_saturating(reader: Reader, node: onnx.NodeProto, rows: bool) -> None:

@@ -47,6 +47,7 @@ class Reader:
         self.dynamic = dynamic
         self.flatten_names: dict[str, str] = {}  # by node of ours: what the file calls its flattening
         self.codes: dict[str, Node] = {}  # values that are codes, and the quantiser that wrote them
+        self.decoded: set[str] = set()  # values that DequantizeLinear made of codes
         self.makers = makers  # by constant: the node of the file that computes it
         self.direct = name  # the value that the last node computes, under its own name
         self.readers = Counter(name for node in layers for name in node.input)

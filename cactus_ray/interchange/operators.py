@@ -12,7 +12,12 @@ from torch import Tensor
 from cactus_ray.bounds.graph import Node, batch_norm_affine
 from cactus_ray.errors import UnsupportedGraphError
 from cactus_ray.interchange.arithmetic import Attributes, affine, arithmetic, label, plain
-from cactus_ray.interchange.codes import dequantize_linear, quantize_linear, refuse_inexact
+from cactus_ray.interchange.codes import (
+    dequantize_linear,
+    quantize_linear,
+    refuse_inexact,
+    refuse_rounded_inputs,
+)
 from cactus_ray.interchange.layouts import View, flattened, permuted, reshaped, squeezed, unsqueezed
 
 if TYPE_CHECKING:
@@ -94,6 +99,7 @@ def _global_pool(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -
 def _gemm(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> None:
     reader.refuse(node, attributes, {"alpha": 1.0, "beta": 1.0, "transA": 0})
     refuse_inexact(reader, node)
+    refuse_rounded_inputs(reader, node)
     view, weight = reader.value(node), reader.constant(node, 1)
     weight = weight if attributes.get("transB", 0) else weight.T
     if view.index.dim() != 2 or view.index.shape[0] != 1:
@@ -125,6 +131,7 @@ def _matmul(reader: Reader, node: onnx.NodeProto, attributes: Attributes) -> Non
         raise UnsupportedGraphError(f"MatMul ({label(node)}) of a matrix and quantised values; expected them in front")
     if not left:
         refuse_inexact(reader, node)
+        refuse_rounded_inputs(reader, node)
     _linear(reader, node, view, weight, None, out)
 
 

@@ -336,6 +336,10 @@ def test_a_dry_run_estimates_every_method_and_writes_nothing(
             "compression_set.member_fraction: got 0.01; expected at least 2 images",
         ),
         (
+            {"threat": {"epsilon": 0.02, "domain": [0.2, 0.8]}},
+            "threat.domain: got [0.2, 0.8]; expected an interval that holds the pixels of digits, 0 to 1",
+        ),
+        (
             {"parameters": {"train.crop_padding": {"values": [1, 8]}}},
             "train.crop_padding: got 8; expected less than the 8 pixels of a side",
         ),
@@ -441,3 +445,13 @@ def test_the_states_of_all_trials_that_may_wait_are_counted(space: Space) -> Non
     }
     assert found["none"] == found["stopping"]
     assert found["waiting"] - found["stopping"] == space.search.trials * 5 * len(pack(untrained))
+
+
+def test_a_broken_space_of_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "broken"
+    run.mkdir()
+    (run / "space.yaml").write_text("a: [")
+    (run / "trials.jsonl").write_text("")
+    for verb in (["report", run], ["explain", run, "t0000"]):
+        status, _, err = cactus_ray(capsys, *verb)
+        assert (status, "space.yaml" in err) == (2, True), err

@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from cactus_ray.config import DataConfig
 from cactus_ray.data import SPLITS, DataSet, calibration, load, load_split, sources
 from cactus_ray.data.sources import SOURCES
-from cactus_ray.errors import UserError
+from cactus_ray.errors import ConfigError, UserError
 
 DIGESTS = {
     "train": "e98af40f57f8e3682c79ba0fc8debd9fb622fec263899cfc8f085d97782086b5",
@@ -159,3 +159,32 @@ def test_broken_mnist_is_refused(tmp_path: Path, content: bytes | None) -> None:
                 (raw / f"{prefix}-{kind}-ubyte").write_bytes(content)
     with pytest.raises(UserError, match="MNIST cannot be read"):
         load_split("mnist", "test", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "rows", "split", "message"),
+    [
+        ([3, 200], 2, "test", "the test split has labels from 3 to 200; expected MNIST"),
+        ([1] * 100, 100, "train", "the train split has no images; expected MNIST"),
+    ],
+)
+def test_what_is_not_mnist_is_refused(labels: list[int], rows: int, split: str, message: str, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        sizes = b"".join(n.to_bytes(4, "big") for n in (rows, 28, 28))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + bytes(rows * 28 * 28))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + rows.to_bytes(4, "big") + bytes(labels))
+    with pytest.raises(UserError, match=message):
+        load_split("mnist", split, str(tmp_path))
+
+
+def test_pixels_outside_of_the_domain_are_refused() -> None:
+    data = load(DataConfig(name="digits"), ("train", "selection"))
+    data.refuse_outside((0.0, 1.0))
+    data.refuse_outside((-1.0, 2.0))
+    for domain in ((0.2, 1.0), (0.0, 0.8)):
+        with pytest.raises(
+            ConfigError, match=r"threat\.domain: got .*expected an interval that holds .*digits, 0 to 1"
+        ):
+            data.refuse_outside(domain)

@@ -111,7 +111,8 @@ def test_weights_may_be_computed_by_any_plain_constant_operators() -> None:
     nodes = [
         helper.make_node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(1, np.int8))),
         node("DequantizeLinear", ["q", "scale", "zero"], "d"),
-        node("Transpose", ["d"], "W", perm=[1, 0]),
+        node("Neg", ["d"], "n"),
+        node("Transpose", ["n"], "W", perm=[1, 0]),
         node("Flatten", ["x"], "f"),
         node("Gemm", ["f", "W"], "y"),
     ]
@@ -119,7 +120,7 @@ def test_weights_may_be_computed_by_any_plain_constant_operators() -> None:
     assert agrees(proto) == ["input", "flatten", "linear"]
     _, params, _ = read_onnx(proto.SerializeToString())
     (weight,) = params.values()
-    assert torch.equal(weight, (torch.from_numpy(codes).float() - 1) * torch.tensor(0.1))
+    assert torch.equal(weight, -(torch.from_numpy(codes).float() - 1) * torch.tensor(0.1))
 
 
 def test_nodes_that_the_output_does_not_need_are_ignored() -> None:

@@ -1,9 +1,12 @@
-"""Products of uint8 and int8 codes: x86 CPUs without VNNI add them in pairs and saturate in 16 bits.
+"""Products of integers in which onnxruntime is another function than the file.
 
-Files in which that may happen are refused by name; on what is read, onnxruntime is exact at the ends of the range.
+Those of uint8 and int8 codes: x86 CPUs without VNNI add them in pairs and saturate in 16 bits. Those of float inputs
+and unpacked integers: MatMulNBits rounds the inputs to 8 bits. Files in which that may happen are refused by name; on
+what is read, onnxruntime is exact at the ends of the range.
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from foreign import OUT, UNIT, one_layer
 from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from cactus_ray import cli
@@ -120,3 +124,76 @@ def test_both_ways_to_verify_refuse(tmp_path: Path, capsys: pytest.CaptureFixtur
             shown = capsys.readouterr()
             assert ("'w' holds the int8 codes 127 and 127 in one output channel" in shown.err) == (status == 2)
     assert out.read_text() == "unsat\n"  # of the file that was read
+
+
+def unpacked(op: str, *, quantised: bool = False) -> bytes:
+    """A product with int8 weights [64 inputs, 8 outputs] as DequantizeLinear unpacks them, of float inputs or codes."""
+    codes = np.random.default_rng(0).integers(-60, 60, (64, 8)).astype(np.int8)
+    rows = op in ("rows", "turned")
+    tensors = {"w": codes.T.copy() if rows else codes, "s": np.float32([0.01] * 8), "z": np.zeros(8, np.int8)}
+    tensors |= {"u": np.float32(0.01), "o": np.uint8(0), "shape": np.int64([-1, 64])}
+    nodes = [helper.make_node("DequantizeLinear", ["w", "s", "z"], ["W"], axis=0 if rows else 1)]
+    value, weight = "x", "W"
+    if quantised:
+        nodes.append(helper.make_node("QuantizeLinear", ["x", "u", "o"], ["c"]))
+        nodes.append(helper.make_node("DequantizeLinear", ["c", "u", "o"], ["v"]))
+        value = "v"
+    if op == "flattened":
+        nodes.append(helper.make_node("Reshape", [value, "shape"], ["f"]))
+        value = "f"
+    if op == "turned":
+        nodes.append(helper.make_node("Transpose", ["W"], ["V"], perm=[1, 0]))
+        weight = "V"
+    kind = "Gemm" if op in ("columns", "rows") else "MatMul"
+    nodes.append(helper.make_node(kind, [value, weight], ["y"], **({"transB": 1} if op == "rows" else {})))
+    shape = ["N", 8, 8] if op == "flattened" else ["N", 64]
+    graph = helper.make_graph(
+        nodes, "unpacked", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 8])],
+        [numpy_helper.from_array(np.asarray(v), k) for k, v in tensors.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    return bytes(model.SerializeToString())
+
+
+ROUNDED = [("MatMul", False), ("columns", False), ("turned", False), ("flattened", False), ("flattened", True)]
+
+
+@pytest.mark.parametrize(("op", "quantised"), ROUNDED)
+def test_inputs_that_may_be_rounded_to_8_bits_are_refused(op: str, quantised: bool) -> None:
+    with pytest.raises(UnsupportedGraphError, match=r"unpacked from integers.*MatMulNBits.*Gemm with transB = 1"):
+        read_network(unpacked(op, quantised=quantised))
+
+
+@pytest.mark.parametrize(("op", "quantised"), [("rows", False), ("rows", True), ("MatMul", True), ("columns", True)])
+def test_products_with_unpacked_integers_that_are_exact_are_read(op: str, quantised: bool, tmp_path: Path) -> None:
+    file = unpacked(op, quantised=quantised)
+    read = read_network(file)
+    assert "MatMulNBits" not in kernels(file, tmp_path)
+    images = torch.rand(50, 64, generator=torch.Generator().manual_seed(0))
+    box = possible_answers(read.graph, read.params, images)
+    found = answers(file, images)
+    assert bool(((found >= box.lower - 1e-5) & (found <= box.upper + 1e-5)).all())
+
+
+@pytest.mark.parametrize("op", [op for op, quantised in ROUNDED if not quantised])
+def test_onnxruntime_rounds_these_inputs(op: str, tmp_path: Path) -> None:
+    """Why: a small pixel among larger ones becomes another."""
+    file = unpacked(op)
+    if "MatMulNBits" not in kernels(file, tmp_path):
+        pytest.skip("this onnxruntime does not rewrite the product")
+    images = torch.ones(2, 64)
+    images[0, 0] = 0.02
+    images[1, 0] = 0.0
+    found = answers(file, images)
+    exact = runner_without_rewriting(file)(shaped(file, images))
+    small, none = (found - exact).abs().amax(1).tolist()
+    assert none < 1e-5
+    assert small > 1e-3
+
+
+def runner_without_rewriting(file: bytes) -> Callable[[Tensor], Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"x": images.numpy()})[0])
