@@ -7,19 +7,18 @@ import hashlib
 import importlib.metadata
 import itertools
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from cactus_ray.bounds.graph import Graph
 from cactus_ray.cluster.driver import DriverOptions, run_study
 from cactus_ray.commands.estimate import estimate, print_estimate, refuse_full_disk
+from cactus_ray.commands.folder import opened, refuse_other_data, refuse_other_init, write_space
 from cactus_ray.config import ModelConfig, RunConfig
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
@@ -33,7 +32,7 @@ from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.fresh import fresh_samples
 from cactus_ray.search.rungs import epoch_costs
 from cactus_ray.search.space import NAME, Space, check_launch, load_space
-from cactus_ray.search.store import Records, RunStore, read_records, write_tables
+from cactus_ray.search.store import Records, read_records, write_tables
 from cactus_ray.search.study import Study
 from cactus_ray.search.upkeep import Upkeep
 from cactus_ray.search.warm import past_of
@@ -41,10 +40,6 @@ from cactus_ray.training.run import check_trainable
 
 LIBRARIES = ("torch", "ray", "optuna", "onnx", "onnxruntime", "wandb", "numpy", "scikit-learn")
 WORST_SECONDS = 86_400.0
-_MAY_CHANGE = (
-    "search.trials", "search.points", "search.seeds", "search.fresh_samples", "search.keep", "data.root", "wandb",
-    "resources",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +63,27 @@ def search(space: Space, options: SearchOptions) -> Records:
     example = example_configuration(space)
     data, untrained = prepared(space, options)
     refuse_full_disk(space, data, untrained, options.run)
-    with _set_aside(options) as forget, (store := _open(space, options)).lock():
+    folder = opened(space, options.run, from_scratch=options.from_scratch, source=options.source)
+    with folder as (store, replaced):
         records = read_records(store.path, verdicts=False) if store.file.exists() else Records()
-        _refuse_other_begin(records.study, data, options)
-        _write_space(space, store.path / "space.yaml")
-        upkeep = Upkeep(space, store, records)
+        refuse_other_data(options.run, records.study, data, ", or another --name")
+        refuse_other_init(options.run, records.study, _digest(options.driver.init))
         reference = records.study.get("reference_point") or reference_point(space, untrained)
         past = _past(space, options, records, reference)
+        upkeep = Upkeep(space, store, records)
         count = None if space.samples == "selection" else int(space.samples)
         samples = subset(len(data.labels["selection"]), count).tolist()
         fresh, none_fresh = fresh_samples(space, len(data.labels["selection"]))
         with StudyProgress(space, records, enabled=options.progress) as progress:
             study = Study(
-                space, store, records, samples, [progress.event, upkeep.event],
+                space, store, records, samples, [progress.event, upkeep.event, replaced.event],
                 epoch_costs(example, lambda run: _untrained(run, data, options)), fresh,
             )  # fmt: skip
+            write_space(space, store.path / "space.yaml")
             if not records.study:
                 warm = {"source": options.source, "study": options.source_study} if options.source else None
                 begin = {"init": _digest(options.driver.init), "from": warm, "none_fresh": none_fresh}
                 study.begin(describe(space, data) | begin, reference)
-            forget()
             if past is not None:
                 study.work()
                 study.warm(past)
@@ -102,61 +98,6 @@ def search(space: Space, options: SearchOptions) -> Records:
                 write_tables(store.path, records, space.front)
                 write_page(store.path)
         return records
-
-
-@contextlib.contextmanager
-def _set_aside(options: SearchOptions) -> Iterator[Callable[[], None]]:
-    """The run that ``--from-scratch`` deletes stands aside until the new one has begun, and comes back if it cannot.
-
-    Yields what deletes it. Raises UserError for a folder that is no run, or whose trials the new one shall take up.
-    """
-    run, aside = options.run, None
-    if options.from_scratch and run.exists():
-        if not (run / "trials.jsonl").exists() and any(run.iterdir()):
-            raise UserError(
-                f"--from-scratch: {run} holds no trials.jsonl, so it is not a run of ours; nothing was deleted"
-            )
-        if options.source is not None and Path(options.source).resolve() == run.resolve():
-            raise UserError(f"--from: got {options.source!r}, which --from-scratch would delete; choose another --name")
-        with RunStore(run).lock():
-            pass  # refuse while another driver works in it
-        aside = _free(run)
-        run.rename(aside)
-
-    def forget() -> None:
-        nonlocal aside
-        if aside is not None:
-            shutil.rmtree(aside)
-            aside = None
-
-    try:
-        yield forget
-    except BaseException:
-        if aside is not None:
-            shutil.rmtree(run, ignore_errors=True)
-            aside.rename(run)
-        raise
-
-
-def _free(run: Path) -> Path:
-    """A name beside the run's that nothing has yet: what a killed driver had set aside stays."""
-    names = (run.with_name(f".{run.name}.replaced{number}") for number in itertools.count())
-    return next(name for name in names if not name.exists())
-
-
-def _refuse_other_begin(study: Mapping[str, Any], data: DataSet, options: SearchOptions) -> None:
-    """Raise UserError where a study would go on with other images, by whose indices its verdicts are kept, or from
-    another network."""
-    for split, digest in study.get("digests", {}).items():
-        if split in data.digests and data.digests[split] != digest:
-            raise UserError(
-                f"{options.run}: begun with other images: the {split} split had SHA-256 {digest[:16]}, {data.name} has"
-                f" {data.digests[split][:16]} now; expected the same data.root, or another --name"
-            )
-    begun, now = study.get("init"), _digest(options.driver.init)
-    if "init" in study and begun != now:
-        was, here = (f"of SHA-256 {digest[:16]}" if digest else "none" for digest in (begun, now))
-        raise UserError(f"--init: got {here}; {options.run} was begun with {was}: expected the same, or another --name")
 
 
 def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network:
@@ -283,42 +224,6 @@ def resumed(runs: Path, name: str) -> Path:
         known = sorted(path.parent.name for path in runs.glob("*/trials.jsonl"))
         raise UserError(f"--resume: got {name!r}; expected a run in {runs}: {', '.join(known) or 'there is none'}")
     return file
-
-
-def _open(space: Space, options: SearchOptions) -> RunStore:
-    """The run's folder: new, or the one of an earlier driver if it asked for the same."""
-    run = options.run
-    store = RunStore(run)
-    written = run / "space.yaml"
-    if written.exists():
-        before = load_space(written).to_dict()
-        if difference := _difference(before, space.to_dict()):
-            raise UserError(
-                f"{run}: made with another space ({difference}); choose another --name, or --from-scratch to delete it"
-            )
-    return store
-
-
-def _write_space(space: Space, path: Path) -> None:
-    """Whole or not at all: a driver that is killed leaves a space that can be read."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
-    part.replace(path)
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first key that differs; the number of trials may grow, and limits, points and where work runs may change."""
-    for key in sorted({*before, *now}):
-        place = f"{path}{key}"
-        if place in _MAY_CHANGE or place.startswith(("search.max_", "search.plateau")):
-            continue
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if found := _difference(old, new, f"{place}."):
-                return found
-        elif old != new:
-            return f"{place}: {old!r} there, {new!r} now"
-    return None
 
 
 def describe(space: Space, data: DataSet) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cactus_ray.commands.families import FamilyOptions
+from cactus_ray.commands.folder import refuse_other_data
 from cactus_ray.commands.pick import stages
 from cactus_ray.commands.report import space_of
 from cactus_ray.commands.results import Results, open_results
@@ -65,7 +66,8 @@ def of_space(space_file: Path, overrides: Mapping[str, str]) -> Training:
 def of_trial(text: str, init: Path | None) -> Training:
     """The configuration of a trial, named RUN/TRIAL, such as runs/digits/t0007.
 
-    Raises UserError where there is no such trial, and where ``init`` is not the network that its study started from.
+    Raises UserError where there is no such trial, and where ``init`` is not the network that its study started from, or
+    the data are not those that it was begun with.
     """
     run, name = Path(text).parent, Path(text).name
     records, space = read_records(run), space_of(run)
@@ -77,8 +79,10 @@ def of_trial(text: str, init: Path | None) -> Training:
     if found != wanted:
         what = "no --init" if wanted is None else f"--init with the network of SHA-256 {wanted}"
         raise UserError(f"--init: got {init and str(init)!r}; expected {what}, as the study of {text} was started")
+    config = parse(RunConfig, trial.config)
+    refuse_other_data(run, records.study, load(config.data, ("train", "selection")))
     device = "cuda" if space.resources.gpus_per_worker > 0 else "cpu"
-    return Training(parse(RunConfig, trial.config), space.resources.threads, trial.sha256, device)
+    return Training(config, space.resources.threads, trial.sha256, device)
 
 
 def device_of(asked: str | None, training: Training) -> str:

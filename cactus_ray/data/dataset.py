@@ -100,6 +100,8 @@ def _split(
     name: str, root: str | None, image_size: int | None, split: str, count: int | None
 ) -> tuple[Tensor, Tensor, str, tuple[str, ...]]:
     images, labels, names = SOURCES[name](root, image_size, split)
+    if len(labels) == 0:  # a share of few images is none
+        raise UserError(f"data.root: got {root!r}: the {split} split of {name} has no images; expected more images")
     if count is not None:
         chosen = subset(len(labels), count)
         images, labels = images[chosen], labels[chosen]

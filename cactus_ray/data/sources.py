@@ -67,6 +67,8 @@ def mnist(root: str | None, image_size: int | None, split: str) -> Samples:
     except (OSError, RuntimeError, ValueError, AssertionError, KeyError) as error:
         raise UserError(f"data.root: {root}: MNIST cannot be read ({error}); expected {wanted}") from error
     images, labels = source.data, source.targets
+    if len(images) != len(labels):
+        raise UserError(f"data.root: {root}: {len(labels)} labels for {len(images)} images; expected {wanted}")
     if split != "test":
         train, selection = hold_out(len(labels), MNIST_SELECTION)
         chosen = torch.from_numpy(train if split == "train" else selection)

@@ -175,3 +175,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
             load_split("cifar10", "test", root)
     with pytest.raises(UserError, match=r"data\.image_size: got 16"):
         load_split("cifar10", "test", str(tmp_path), image_size=16)
+
+
+def test_a_selection_split_of_no_image_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, "binary")
+    for name in FILES[1:5]:
+        (folder / f"{name}.bin").unlink()
+        (folder / f"{name}.bin").write_bytes((folder / "data_batch_1.bin").read_bytes()[: 1 + 3072])
+    (folder / "data_batch_1.bin").write_bytes((folder / "data_batch_2.bin").read_bytes())
+    assert len(load_split("cifar10", "train", str(tmp_path))[1]) == 5
+    with pytest.raises(UserError, match="the selection split of cifar10 has no images; expected more images"):
+        load_split("cifar10", "selection", str(tmp_path))

@@ -188,3 +188,17 @@ def test_pixels_outside_of_the_domain_are_refused() -> None:
             ConfigError, match=r"threat\.domain: got .*expected an interval that holds .*digits, 0 to 1"
         ):
             data.refuse_outside(domain)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("count", [3, 5])
+def test_mnist_with_other_labels_than_images_is_refused(count: int, split: str, tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        sizes = b"".join(n.to_bytes(4, "big") for n in (4, 28, 28))
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + bytes(4 * 28 * 28))
+        labels = count.to_bytes(4, "big") + bytes(count)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + labels)
+    with pytest.raises(UserError, match=rf"{count} labels for 4 images; expected the folder that holds MNIST/raw"):
+        load_split("mnist", split, str(tmp_path))
