@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cactus_ray"
-CORE = {"bounds", "compression", "training", "verification", "models", "data", "config", "errors", "options", "parsing"}
+CORE = {
+    "bounds",
+    "compression",
+    "training",
+    "verification",
+    "models",
+    "data",
+    "config",
+    "errors",
+    "options",
+    "outputs",
+    "parsing",
+}
 CORE_LIBRARIES = {"torch", "numpy", "scipy", "torchvision", "sklearn", "PIL", "safetensors", "cactus_ray"}
 OPTIONAL = {"verification/lirpa.py": {"auto_LiRPA"}}
 """Libraries that one file may import, by name when they are asked for, and that nothing else needs."""

@@ -15,6 +15,7 @@ from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.config import parse, to_dict
 from cactus_ray.deploy.export import PickResult, pick_file
 from cactus_ray.deploy.export import pick as run_pick
+from cactus_ray.deploy.recheck import NOT_CHECKED
 from cactus_ray.deploy.recheck import check as run_check
 from cactus_ray.deploy.requirements import Requirements, option
 from cactus_ray.errors import ConfigError, UserError
@@ -102,4 +103,7 @@ def check(console: Console, folder: Path, root: Path | None, *, as_json: bool) -
             f"{found.replayed} counterexamples replayed, standard accuracy {found.standard_accuracy:.2%}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+    console.print("Not checked, because the files and the data do not show it:", highlight=False)
+    for what in NOT_CHECKED:
+        console.print(f"- {what}", highlight=False, markup=False, soft_wrap=True)
     return found.ok

@@ -32,6 +32,7 @@ from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.models.network import load as load_network
 from cactus_ray.models.network import pack, save
+from cactus_ray.outputs import try_files, unwritable
 from cactus_ray.search.space import load_space
 from cactus_ray.search.store import read_records
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
@@ -104,11 +105,16 @@ def train(
     selection) or the last one. Of a trial, say whether the network is the study's, byte by byte. ``device``: cpu or
     cuda (``device_of``).
 
-    Raises RunFailedError where the loss is not finite.
+    Raises UserError, before anything is trained, where ``to`` cannot be written; RunFailedError where the loss is not
+    finite.
     """
     config = training.config
     if to.suffix != ".safetensors":
         raise UserError(f"--out: got {str(to)!r}; expected a file name that ends in .safetensors")
+    other = "best" if config.train.keep == "last" else "last"
+    beside = to.with_suffix(f".{other}.safetensors")
+    written = [file.with_name(file.name + end) for file in (to, beside) for end in ("", ".part")]
+    try_files(to, *written)
     place = device_of(device, training)
     start = load_network(init) if init else None
     data = load(config.data, ("train", "selection"))
@@ -127,10 +133,12 @@ def train(
             result = run_loop(config, data, report=report, init=start, trust_code=trust_code, device=place)
         except NonFiniteLossError as error:
             raise RunFailedError(f"training: {error}") from error
-    to.parent.mkdir(parents=True, exist_ok=True)
-    save(result.network, to)
-    other = "best" if config.train.keep == "last" else "last"
-    save(result.best if other == "best" else result.last, to.with_suffix(f".{other}.safetensors"))
+    for network, file in ((result.network, to), (result.best if other == "best" else result.last, beside)):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save(network, file)
+        except OSError as error:
+            raise unwritable(file, error) from error
     same = training.sha256 and hashlib.sha256(pack(result.network)).hexdigest() == training.sha256
     summary_ = {"network": str(to), "config_hash": config.config_hash, **result.history[-1], "seconds": result.seconds}
     summary_["device"] = place
@@ -140,8 +148,8 @@ def train(
         return
     console.print(f"wrote {to} ({config.config_hash}) after {result.seconds:.1f} s on {place}", highlight=False)
     if same is not None:
-        other = "another network than the study's: the same bytes need its machine type, device, threads and workers"
-        console.print("the network of the study, byte by byte" if same else other, highlight=False)
+        differs = "another network than the study's: the same bytes need its machine type, device, threads and workers"
+        console.print("the network of the study, byte by byte" if same else differs, highlight=False)
 
 
 def verify(

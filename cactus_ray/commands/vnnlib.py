@@ -15,6 +15,7 @@ from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.interchange import run as runtime
 from cactus_ray.interchange.read import OnnxNetwork, read_network
+from cactus_ray.outputs import try_files, unwritable
 from cactus_ray.verification.decide import Answer, decide
 from cactus_ray.verification.vnnlib import read_vnnlib
 from cactus_ray.verification.witness import ContradictionError
@@ -36,6 +37,8 @@ def verify_vnnlib(
         raise UserError(f"{model}: --vnnlib reads an ONNX file; expected a name that ends in .onnx")
     if not timeout > 0:
         raise ConfigError("--timeout", timeout, "a number of seconds above 0")
+    if to is not None:
+        try_files(to, to)
     stated = read_vnnlib(specification)
     network = read_network(model)
     replay = Replayer(model, network)
@@ -45,17 +48,17 @@ def verify_vnnlib(
     except ContradictionError as error:
         raise RunFailedError(f"{model}: {error}") from error
     text = result_text(answer, network)
-    if to is not None:
-        try:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text(text)
-        except OSError as error:
-            raise UserError(f"--out: {to} cannot be written ({error.strerror})") from error
     if as_json:
         row = {"result": str(answer.result), "seconds": answer.seconds, "parts": answer.parts, "reason": answer.reason}
         console.print_json(json.dumps(row))
     else:
         console.print(text, highlight=False, markup=False, soft_wrap=True, end="")
+    if to is not None:  # after the answer is shown: it is not lost with the file
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(text)
+        except OSError as error:
+            raise unwritable(to, error) from error
 
 
 class Replayer:

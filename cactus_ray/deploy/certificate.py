@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
-from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.compression.family import Family
 from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, ThreatConfig, to_dict
@@ -38,6 +37,7 @@ from cactus_ray.deploy.document import (
 from cactus_ray.deploy.members import member_objection, words
 from cactus_ray.deploy.recheck import CheckReport, check
 from cactus_ray.deploy.replay import Logits, answers, margins, objection, parity, runner
+from cactus_ray.deploy.statements import SCHEMES, assumptions
 from cactus_ray.errors import UserError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.verification import engine
@@ -50,43 +50,6 @@ __all__ = ["Certification", "CheckReport", "Progress", "certify_file", "check", 
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how many are done, of how many)."""
-
-SCHEME = (
-    "a sample is FALSIFIED by an input that replays in onnxruntime (itself, or found by projected gradient descent); "
-    "CERTIFIED where interval or linear (CROWN) lower bounds of every margin, taken in float64 on the weights read "
-    "back from the file and charged with their own rounding, are finite and positive; UNKNOWN otherwise"
-)
-SCHEMES = {
-    "cactus": SCHEME,
-    "auto_lirpa": SCHEME.replace("and charged with their own rounding,", "by auto_LiRPA, without their own rounding,"),
-}
-"""How a sample is decided, by engine."""
-IN_ARITHMETIC = {
-    "real": ("the bounds hold in real arithmetic: the rounding of the network's float32 inference is not charged",),
-    "float32": (
-        "the runtime multiplies and adds in IEEE float32, rounding to nearest; the order of sums, fused multiply-add, "
-        "flushing of subnormal numbers, and folding of channel scales or additions into the layer before are free; "
-        "TF32, bfloat16 or float16 products and Winograd or FFT convolutions are not allowed",
-        "weights that are stored in float16, bfloat16 or integers are unpacked to float32 before use, as "
-        "onnxruntime's CPU provider does (where activations are floating-point numbers)",
-    ),
-}
-"""What is assumed of the runtime's arithmetic, by ``arithmetic``."""
-INTEGERS = (
-    "activations are rounded to 8-bit codes with the static scales and zero points of the file, and so they are in "
-    "every bound: nothing is inferred from a network with floating-point activations",
-    "the runtime computes a layer between quantisers in floating-point numbers, or in integers: products of codes are "
-    "added exactly in 32 bits, then scaled in float32 (additions of branches also in fixed point of at least 22 bits) "
-    "and rounded; how ties are rounded is free, and rounding may turn a code beside a tie into its neighbour",
-    "kernels that saturate before 32 bits are not allowed: onnxruntime's of uint8 inputs times int8 weights do on x86 "
-    "CPUs without VNNI, those of uint8 times uint8, as in the files that this tool writes, do not",
-)
-"""What is assumed as well where activations are quantised."""
-ASSUMPTIONS = (
-    "the weights are the float32 values that onnxruntime computes from the constants of the file, after dequantisation",
-    "the runtime evaluates the operators of the file as the ONNX standard defines them, up to rounding",
-    "inputs are float32, in the stated layout and domain; nothing outside of the stated ball is covered",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +159,7 @@ def document(
         soundness=Soundness(
             scheme=SCHEMES[certification.settings.engine],
             arithmetic=arithmetic,
-            assumptions=_assumptions(certification.graph, arithmetic),
+            assumptions=assumptions(certification.graph, arithmetic),
         ),
         engine=Engine(
             name=bounds.name,
@@ -216,10 +179,6 @@ def family_section(certification: Certification, family: Family) -> FamilySectio
     return FamilySection(
         family=family, members=words(family), summary=certification.summary, verdicts=certification.rows
     )
-
-
-def _assumptions(graph: Graph, arithmetic: str) -> tuple[str, ...]:
-    return IN_ARITHMETIC[arithmetic] + (INTEGERS if has_quantisers(graph) else ()) + ASSUMPTIONS
 
 
 def _shape(graph: Graph) -> tuple[int, int, int]:

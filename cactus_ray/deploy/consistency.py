@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cactus_ray.deploy.document import CLEAN, SEARCHED, Document, Row, Summary, figures, measured, summarise
+from cactus_ray.deploy.document import CLEAN, REPLAY, SEARCHED, Document, Row, Summary, figures, measured, summarise
 from cactus_ray.deploy.requirements import unmet
-from cactus_ray.verification.verdict import Verdict
+from cactus_ray.verification.member import KINDS
+from cactus_ray.verification.verdict import BOUNDS, DECIDED_BY, Verdict
 
 
 def inconsistencies(document: Document) -> list[str]:
@@ -109,6 +110,8 @@ def _row_problems(row: Row, document: Document) -> list[str]:
         problems.append(f"{row.verdict} with a counterexample")
     if row.decided_by == CLEAN and row.verdict != Verdict.FALSIFIED:
         problems.append(f"{row.verdict}, but decided by being misclassified")
+    elif row.decided_by not in (expected := _deciders(row, document)):
+        problems.append(f"{row.verdict}, decided by {row.decided_by!r}; expected one of {', '.join(expected)}")
     return [f"{place}: {p}" for p in problems]
 
 
@@ -123,6 +126,17 @@ def _same(stated: Any, value: Any) -> bool:
 def _list(values: Sequence[int], show: int = 8) -> str:
     more = f" and {len(values) - show} more" if len(values) > show else ""
     return ", ".join(map(str, values[:show])) + more
+
+
+def _deciders(row: Row, document: Document) -> tuple[str, ...]:
+    """What can decide such a row: no bound above the settings', members only where there is a family."""
+    known = DECIDED_BY[row.verdict]
+    if row.verdict == Verdict.UNKNOWN:
+        return (*known, REPLAY)
+    if row.verdict == Verdict.FALSIFIED:
+        return known if row.member is None else (*known, *KINDS)
+    strongest = document.engine.settings.get("bound")
+    return known[: BOUNDS.index(strongest) + 1] if strongest in BOUNDS else known
 
 
 def _states_its_bound(row: Row) -> bool:

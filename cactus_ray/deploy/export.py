@@ -7,6 +7,7 @@ network is a file of its own, there is nothing to choose, and the use is recorde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from cactus_ray.deploy.requirements import COLUMNS, Requirements, option, show, 
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack, unpack
 from cactus_ray.models.network import load as load_network
+from cactus_ray.outputs import try_files, unwritable
 from cactus_ray.search.evaluate import LevelNetwork, at_level
 from cactus_ray.search.space import load_space
 from cactus_ray.search.store import Records, TrialRecord, read_records
@@ -35,6 +37,7 @@ from cactus_ray.verification.verdict import VerificationSettings
 
 FILES = ("model.onnx", "model.safetensors", "card.md", doc.NAME)
 """What a folder of a pick holds, in the order in which it is written: without a certificate it is not complete."""
+WRITTEN = (*FILES, *(f"{name}.part" for name in FILES))
 USES = "test_split_uses.jsonl"
 
 
@@ -103,10 +106,11 @@ def pick(
     ``samples``: certify only a fixed random subset of the test split; ``settings``: default, those of the study;
     ``root``: folder of the data set, default the study's. ``family`` gives, by level, a family around the file whose
     members are certified all at once, too; it may refuse the level (ConfigError). Raises NothingFits (and then neither
-    reads the test split nor writes anything) and UserError; a folder ``out`` that holds anything but an earlier pick is
-    refused.
+    reads the test split nor writes anything) and UserError; a folder ``out`` that cannot be written, or holds anything
+    but an earlier pick, is refused before.
     """
     refuse_foreign(out)
+    try_files(out, *(out / name for name in WRITTEN))
     records = read_records(run)
     choice = choose(*_at_hand(run, records, requirements))
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
@@ -145,6 +149,7 @@ def pick_file(
     what it was trained.
     """
     refuse_foreign(out)
+    try_files(out, *(out / name for name in WRITTEN))
     network = load_network(file)
     if network.config is None:
         raise UserError(f"{file}: does not say on what and against what it was trained; expected a file of train")
@@ -291,10 +296,12 @@ def record_use(path: Path, trial: str | None, level: str, file: bytes, samples: 
 
 def refuse_foreign(out: Path) -> None:
     """Raises UserError where ``out`` is a file, or a folder that holds anything but files of an earlier pick."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; expected a new or empty folder, or one of an earlier pick")
-    known = {*FILES, *(f"{name}.part" for name in FILES)}
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in known) if out.is_dir() else []
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out}: is a file; expected a new or empty folder, or one of an earlier pick")
+        foreign = sorted(p.name for p in out.iterdir() if p.name not in WRITTEN) if out.is_dir() else []
+    except OSError as error:
+        raise unwritable(out, error) from error
     if foreign:
         raise UserError(
             f"--out {out}: holds {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}; expected a new or empty "
@@ -305,14 +312,23 @@ def refuse_foreign(out: Path) -> None:
 def write_folder(out: Path, files: Mapping[str, bytes]) -> None:
     """Write the files of a pick so that a crash never leaves a certificate beside files that it is not about.
 
-    The old certificate goes first, the new one comes last, and every file is replaced whole.
+    All new files are on disk before the old certificate goes; the new one comes last. Raises UserError where they
+    cannot be written: then an earlier pick is as it was.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / doc.NAME).unlink(missing_ok=True)
-    for name in FILES:
-        partial = out / f"{name}.part"
-        with partial.open("wb") as stream:
-            stream.write(files[name])
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(out / name)
+    partial = {name: out / f"{name}.part" for name in FILES}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, path in partial.items():
+            with path.open("wb") as stream:
+                stream.write(files[name])
+                stream.flush()
+                os.fsync(stream.fileno())
+        (out / doc.NAME).unlink(missing_ok=True)
+        for name, path in partial.items():
+            path.replace(out / name)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        for path in partial.values():
+            with contextlib.suppress(OSError):  # what went wrong with the folder is already said
+                path.unlink(missing_ok=True)

@@ -1,14 +1,16 @@
 """Verifying a certificate again from its files alone: nothing that it says is believed.
 
 What is recomputed: the identity of the file, the digest of the data, every figure of the summary, every CERTIFIED
-verdict (by bounds on the weights read from the file), every counterexample (in onnxruntime) and the standard accuracy.
-What cannot be: where the network comes from, its figures on the selection split, versions and seconds.
+verdict (by bounds on the weights read from the file), every counterexample (in onnxruntime), the standard accuracy and
+the parity. Compared word by word: what the verdicts are said to mean, and the card. What cannot be is in
+``NOT_CHECKED``, and is said.
 Nothing is chosen by what is found here, so this reading of the test split is not counted as a use of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,18 +21,34 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
+from cactus_ray.bounds.quantizer import has_quantisers
 from cactus_ray.compression.size import macs
 from cactus_ray.config import DataConfig, parse
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.deploy import document as doc
 from cactus_ray.deploy.again import ample_settings, of_family, of_file
+from cactus_ray.deploy.card import render
 from cactus_ray.deploy.consistency import inconsistencies
-from cactus_ray.deploy.replay import Logits, answers, margins, parity, runner
+from cactus_ray.deploy.replay import PARITY_TOLERANCE, Logits, answers, margins, parity, runner
+from cactus_ray.deploy.statements import misstatements
 from cactus_ray.errors import UserError
+from cactus_ray.interchange.nodes import INPUT
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import load as load_network
 
-MODEL, TENSORS = "model.onnx", "model.safetensors"
+MODEL, TENSORS, CARD = "model.onnx", "model.safetensors", "card.md"
+PARITY_FACTOR = 8.0
+"""How many times the stated parity may be found here: machines sum in other orders, by which it changes severalfold."""
+NOT_CHECKED = (
+    "how the network was made: network.model and the training configuration in model.safetensors (only that they "
+    "agree), network.dense_bytes, and that compressing the network as network.level says gives this file",
+    "provenance: study, trial, commit, how often the test split was used, what was required, and the figures on the "
+    "selection split beyond their sums",
+    "UNKNOWN verdicts, which claim nothing of their samples, and which stage decided the others",
+    "versions, engine.version, engine.self_test, the effort in engine.settings, seconds, and, where activations are "
+    "quantised, the differences in file.parity",
+)
+"""What a certificate says that its files and the data do not show."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -53,7 +71,7 @@ class CheckReport:
         return {
             "folder": str(self.folder), "ok": self.ok, "findings": list(self.findings),
             "certified_again": self.certified_again, "replayed": self.replayed,
-            "standard_accuracy": self.standard_accuracy,
+            "standard_accuracy": self.standard_accuracy, "not_checked": list(NOT_CHECKED),
         }  # fmt: skip
 
 
@@ -94,6 +112,7 @@ def check(folder: Path, *, root: str | None = None, progress: Progress | None = 
     if classes != (len(document.network.classes),):
         findings.append(f"model.onnx: gives {classes} logits; network.classes has {len(document.network.classes)}")
         return CheckReport(folder, tuple(findings), document)
+    findings += misstatements(document, deployed.graph)
     settings = ample_settings(document, findings)
     about = deployed.graph, deployed.params, deployed.run
     itself, family = of_file(*about, document.threat, settings), of_family(*about, document, settings)
@@ -109,7 +128,25 @@ def check(folder: Path, *, root: str | None = None, progress: Progress | None = 
             findings += family.findings
     except UserError as error:  # the file loads, but does not run or runs as another network than was read
         return CheckReport(folder, (*findings, str(error)), document)
+    if not findings:  # else it is the card of a certificate that does not hold
+        findings += _card(folder / CARD, document)
     return CheckReport(folder, tuple(findings), document, again, replayed, accuracy)
+
+
+def _card(path: Path, document: doc.Document) -> list[str]:
+    """Where the page for people is not what follows from the certificate, byte by byte."""
+    try:
+        stated = path.read_bytes()
+    except OSError as error:
+        return [f"{CARD}: cannot be read ({error.strerror})"]
+    meant = render(document).encode()
+    if stated == meant:
+        return []
+    lines = stated.decode(errors="replace").splitlines(), meant.decode().splitlines()
+    for number, (line, expected) in enumerate(itertools.zip_longest(*lines), start=1):
+        if line != expected:
+            return [f"{CARD}: line {number} is {line!r}; the certificate gives {expected!r}"]
+    return [f"{CARD}: differs from what the certificate gives in its line ends"]
 
 
 def _samples(document: doc.Document, root: str | None, findings: list[str]) -> tuple[Tensor, Tensor]:
@@ -151,6 +188,8 @@ def _file(folder: Path, document: doc.Document, findings: list[str]) -> _Deploye
         return None
     if tuple(graph.input_shape) != document.network.inputs.shape:
         findings.append(f"network.inputs.shape: {document.network.inputs.shape}; the file reads {graph.input_shape}")
+    if document.network.inputs.name != INPUT:
+        findings.append(f"network.inputs.name: {document.network.inputs.name!r}; expected {INPUT!r}")
     if document.network.macs is not None and (counted := macs(graph, params)) != document.network.macs:
         findings.append(f"network.macs: {document.network.macs}, but the file needs {counted}")
     findings += _metadata(document, metadata)
@@ -194,6 +233,10 @@ def _tensors(path: Path, deployed: _Deployed, document: doc.Document) -> list[st
     stated = document.provenance.config_hash
     if network.config is not None and stated is not None and network.config.config_hash != stated:
         found.append(f"provenance.config_hash: {stated}, but {TENSORS} comes from {network.config.config_hash}")
+    if network.config is not None:
+        model = network.config.model.name or str(network.config.model.factory)
+        if model != document.network.model:
+            found.append(f"network.model: {document.network.model!r}, but {TENSORS} is said to be {model!r}")
     return found
 
 
@@ -206,7 +249,8 @@ def _accuracy(
         return None
     chosen = torch.tensor([row.index for row in rows])
     logits = answers(deployed.run, images[chosen])
-    parity(deployed.graph, deployed.params, images[chosen], logits)
+    here = parity(deployed.graph, deployed.params, images[chosen], logits)
+    findings += _parity(document, deployed.graph, here, logits)
     right = margins(logits, labels[chosen]) > 0
     accuracy = int(right.sum()) / len(rows)
     if abs(accuracy - document.summary.standard_accuracy) > 1e-9:
@@ -218,3 +262,34 @@ def _accuracy(
                 f"verdicts: index {row.index}: decided by {row.decided_by!r}, but the file classifies it {answer}"
             )
     return accuracy
+
+
+def _parity(document: doc.Document, graph: Graph, here: doc.Parity, logits: Tensor) -> list[str]:
+    """Where the file is said to be nearer to our own forward pass than rounding can make it on any machine.
+
+    Beside a quantiser's tie rounding decides between two codes, so that figures of two machines do not compare.
+    """
+    stated, place = document.file.parity, "file.parity"
+    if stated is None:
+        return [f"{place}: missing; here {here.samples} images differ by at most {here.max_abs_difference}"]
+    found = []
+    if stated.samples != here.samples:
+        found.append(f"{place}.samples: {stated.samples}, but there are {here.samples} verdicts")
+    if has_quantisers(graph):
+        return found
+    largest = logits.abs().max()
+    last_place = float(torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest)
+    low = (here.max_abs_difference - last_place) / PARITY_FACTOR
+    high = PARITY_TOLERANCE * max(1.0, float(largest))
+    if not low <= stated.max_abs_difference <= high:
+        found.append(
+            f"{place}.max_abs_difference: {stated.max_abs_difference}, but here it is {here.max_abs_difference}"
+        )
+    first, second = logits.double().topk(min(2, logits.shape[1])).values[:, [0, -1]].unbind(1)
+    ties = int((first - second <= 4 * max(stated.max_abs_difference, here.max_abs_difference)).sum())
+    if stated.class_disagreements > ties:
+        found.append(
+            f"{place}.class_disagreements: {stated.class_disagreements}, but here it is {here.class_disagreements}, "
+            f"and in {ties} images two classes are near enough to each other"
+        )
+    return found

@@ -13,6 +13,14 @@ from cactus_ray.config import setting
 from cactus_ray.errors import ConfigError, UserError
 
 ENGINES = ("cactus", "auto_lirpa")
+BOUNDS = ("ibp", "crown", "alpha", "branch")
+"""Bounds by what they cost; each is tried only where those before it leave something open."""
+DECIDED_BY = {
+    "CERTIFIED": BOUNDS,
+    "FALSIFIED": ("clean", "known", "attack", "branch"),
+    "UNKNOWN": ("bounds", "time", "nodes", "out_of_memory", "non_finite"),
+}
+"""What decides, or stands in the way, by verdict."""
 
 
 class Verdict(StrEnum):
@@ -91,7 +99,7 @@ class VerificationSettings:
     bound: str = setting(
         "crown",
         doc="strongest bound that is tried; branch: branch and bound",
-        choices=("ibp", "crown", "alpha", "branch"),
+        choices=BOUNDS,
     )
     engine: str = setting(
         "cactus", doc="what computes bounds; auto_lirpa must be installed, and charges no rounding", choices=ENGINES

@@ -1,5 +1,6 @@
 """Every method through the commands of a user: train, verify at several levels, pick a level's file, check it."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from cactus_ray import cli
 from cactus_ray.bounds.graph import forward
+from cactus_ray.commands import single
 from cactus_ray.data import load_split
 from cactus_ray.models.network import load
 from cactus_ray.options import METHODS
@@ -80,3 +82,35 @@ def test_train_verify_export_check(method: str, tmp_path: Path, capsys: pytest.C
     session = onnxruntime.InferenceSession(out / "model.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: images[:16].numpy()})
     torch.testing.assert_close(torch.from_numpy(np.asarray(logits)), forward(stored.graph, stored.params, images[:16]))
+
+
+def test_where_the_network_goes_is_tried_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single, "run_loop", lambda *_, **__: pytest.fail("it trains"))
+    settings = [argument for key, value in FIXED.items() for argument in ("--set", f"{key}={value}")]
+    command = ["train", METHODS_DIGITS, "--set", "method=sabr", *settings]
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken.last.safetensors").mkdir()
+    (tmp_path / "taken.best.safetensors").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for out in ("file/net.safetensors", "file/deeper/net.safetensors", "taken.safetensors"):
+        assert cli.run([*command, "--out", str(tmp_path / out)]) == 2
+        shown = capsys.readouterr().err
+        assert f"--out {tmp_path / out}: " in shown
+        assert "expected" in shown
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_network_that_cannot_be_written_is_an_error_of_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(network: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(single, "save", full)
+    settings = {**FIXED, "train.epochs": "1", "method": "sabr"}
+    arguments = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+    out = tmp_path / "new" / "net.safetensors"
+    assert cli.run(["train", METHODS_DIGITS, *arguments, "--out", str(out)]) == 2
+    assert f"--out {out}: cannot be written (No space left on device)" in capsys.readouterr().err

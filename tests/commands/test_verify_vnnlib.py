@@ -1,5 +1,6 @@
 """``cactus-ray verify MODEL.onnx --vnnlib SPEC``: the file of the result, its witness, exit statuses."""
 
+import errno
 import gzip
 import json
 import re
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cactus_ray import cli
 from cactus_ray.bounds import linear
+from cactus_ray.commands import vnnlib
 from cactus_ray.interchange import run as runtime
 
 IMAGE = (1, 4, 4, 2)
@@ -116,6 +118,36 @@ def test_a_wrong_bound_ends_the_run(
     assert cli.run(["verify", str(model), "--vnnlib", str(path), "--out", str(result)]) == 1
     assert "unsound bound" in capsys.readouterr().err
     assert not result.exists()
+
+
+def test_where_the_result_goes_is_tried_before_it_is_looked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "spec.vnnlib"
+    specification(model, 0.002, 0.0, path)
+    monkeypatch.setattr(vnnlib, "decide", lambda *_, **__: pytest.fail("the answer is looked for"))
+    for result in (path / "x" / "result.txt", tmp_path):
+        assert cli.run(["verify", str(model), "--vnnlib", str(path), "--out", str(result)]) == 2
+        shown = capsys.readouterr().err
+        assert f"--out {result}" in shown
+        assert "expected" in shown
+    assert [p.name for p in tmp_path.iterdir()] == ["spec.vnnlib"]
+
+
+def test_an_answer_that_cannot_be_written_is_shown(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, result = tmp_path / "spec.vnnlib", tmp_path / "out" / "result.txt"
+    specification(model, 0.002, 0.0, path)
+
+    def full(self: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert cli.run(["verify", str(model), "--vnnlib", str(path), "--timeout", "60", "--out", str(result)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "unsat\n"
+    assert f"--out {result}: cannot be written (No space left on device)" in shown.err
 
 
 def test_bad_input_has_status_2(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from deploy_support import DIGITS, EPSILON, QUICK
 
+from cactus_ray import cli
 from cactus_ray.config import ThreatConfig
 from cactus_ray.data import load
 from cactus_ray.deploy import again, certificate, recheck, replay
+from cactus_ray.deploy.card import render
 from cactus_ray.deploy.certificate import certify_file, check
-from cactus_ray.deploy.document import summarise
+from cactus_ray.deploy.document import read, summarise
 from cactus_ray.deploy.export import PickResult, pick
 from cactus_ray.deploy.pick import Requirements
+from cactus_ray.deploy.statements import EARLIER, SCHEMES
 from cactus_ray.errors import RunFailedError, UserError
 from cactus_ray.models.network import Network, pack
 from cactus_ray.search.evaluate import at_level
@@ -257,6 +260,36 @@ def test_damaged_counterexamples(edit: Edit, change: Callable[[dict[str, Any]], 
         (lambda p: p["provenance"].update(not_met=["max_bytes"]), "provenance.not_met"),
         (lambda p: p["provenance"]["requirements"].update(min_certified=0.99), "provenance.not_met"),
         (lambda p: p["engine"]["settings"].update(bound="magic"), "engine.settings.bound"),
+        (
+            lambda p: p["soundness"].update(scheme="everything is certified"),
+            "soundness.scheme: 'everything is certified'",
+        ),
+        (lambda p: p["soundness"].update(scheme=SCHEMES["auto_lirpa"]), "soundness.scheme"),
+        (lambda p: p["soundness"].update(assumptions=[]), "soundness.assumptions: 'inputs are float32"),
+        (lambda p: p["soundness"]["assumptions"].pop(1), 'soundness.assumptions: "weights that are stored'),
+        (lambda p: p["soundness"]["assumptions"].append("TF32 is covered"), "'TF32 is covered' is none of this file"),
+        (lambda p: p["soundness"]["assumptions"].reverse(), "soundness.assumptions: in another order"),
+        (lambda p: p["engine"].update(name="alpha-beta-CROWN"), "engine.name: 'alpha-beta-CROWN'"),
+        (lambda p: p["engine"].update(version="99"), "engine.version: '99'"),
+        (lambda p: p["engine"].update(self_test="passed everything"), "engine.self_test: 'passed everything'"),
+        (lambda p: p["file"].update(parity=None), "file.parity: missing"),
+        (lambda p: p["file"]["parity"].update(max_abs_difference=0.0), "file.parity.max_abs_difference: 0.0, but here"),
+        (lambda p: p["file"]["parity"].update(max_abs_difference=0.5), "file.parity.max_abs_difference: 0.5, but here"),
+        (lambda p: p["file"]["parity"].update(samples=10**6), "file.parity.samples: 1000000"),
+        (lambda p: p["file"]["parity"].update(class_disagreements=200), "file.parity.class_disagreements: 200"),
+        (lambda p: p["network"].update(model="resnet18"), "network.model: 'resnet18'"),
+        (lambda p: p["network"]["inputs"].update(name="pixels"), "network.inputs.name: 'pixels'"),
+        (
+            lambda p: rows(p, "CERTIFIED")[0].update(decided_by="mixed-integer programming"),
+            "'mixed-integer programming'",
+        ),
+        (
+            lambda p: rows(p, "CERTIFIED")[0].update(decided_by="branch", lower_bound=None),
+            "CERTIFIED, decided by 'branch'",
+        ),
+        (lambda p: rows(p, "CERTIFIED")[0].update(decided_by="attack"), "CERTIFIED, decided by 'attack'"),
+        (lambda p: rows(p, "FALSIFIED")[0].update(decided_by="corner"), "FALSIFIED, decided by 'corner'"),
+        (lambda p: rows(p, "UNKNOWN")[0].update(decided_by="crown"), "UNKNOWN, decided by 'crown'"),
     ],
 )
 def test_wrong_statements(edit: Edit, change: Callable[[dict[str, Any]], object], words: str) -> None:
@@ -389,6 +422,74 @@ def test_margins_of_ties_and_nan_do_not_count_as_right() -> None:
     logits = torch.tensor([[1.0, 1.0], [2.0, 1.0], [float("nan"), 1.0]])
     right = replay.margins(logits, torch.tensor([0, 0, 0])) > 0
     assert right.tolist() == [False, True, False]
+
+
+# --- the words -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_card(copy: Path) -> None:
+    path = copy / "card.md"
+    honest = path.read_text()
+    number = next(i for i, line in enumerate(honest.splitlines(), 1) if line.startswith("A compressed image"))
+    path.write_text(honest.replace("A compressed image classifier", "A robust image classifier"))
+    assert f"card.md: line {number} is 'A robust image classifier" in found(copy)
+    path.write_text(honest + "100 % certified\n")
+    assert "is '100 % certified'; the certificate gives None" in found(copy)
+    path.write_bytes(honest.replace("\n", "\r\n").encode())
+    assert "card.md: differs from what the certificate gives in its line ends" in found(copy)
+    path.unlink()
+    assert "card.md: cannot be read" in found(copy)
+
+
+def test_rewritten_together_with_its_card(edit: Edit) -> None:
+    """The card follows from the certificate, so that whoever rewrites both is found by the certificate."""
+
+    def forge(plain: dict[str, Any]) -> None:
+        plain["soundness"]["assumptions"] = ["everything is certified"]
+
+    folder = edit(forge)
+    (folder / "card.md").write_text(render(read(folder / "certificate.json")))
+    assert "soundness.assumptions: 'everything is certified' is none of this file" in found(folder)
+
+
+def test_what_is_not_checked_is_said(picked: PickResult, edit: Edit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", str(picked.folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "the certificate holds" in shown
+    for what in recheck.NOT_CHECKED:
+        assert f"- {what}" in shown
+    assert check(picked.folder).to_json()["not_checked"] == list(recheck.NOT_CHECKED)
+
+    def unfounded(plain: dict[str, Any]) -> None:
+        """All that these lines name: nothing here can show that it is wrong."""
+        plain["network"]["dense_bytes"] += 1
+        plain["provenance"].update(study="another", commit="123abc", test_split_uses=1)
+        plain["engine"]["version"] = plain["versions"]["cactus-ray"] = "99"
+        plain["verdicts"][0]["seconds"] = 0.0
+
+    folder = edit(unfounded)
+    (folder / "card.md").write_text(render(read(folder / "certificate.json")))
+    assert check(folder).ok
+
+
+def test_a_certificate_with_earlier_words_holds(tmp_path: Path) -> None:
+    """A pick as it was written before the words about stored weights changed."""
+    earlier = Path(__file__).with_name("earlier")
+    assert set(json.loads((earlier / "certificate.json").read_text())["soundness"]["assumptions"]) & set(EARLIER)
+    report = check(earlier)
+    assert (report.findings, report.certified_again, report.replayed) == ((), 16, 8)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 3.0])
+def test_parity_of_another_machine_holds(edit: Edit, factor: float) -> None:
+    """Other orders of sums change it severalfold."""
+
+    def change(plain: dict[str, Any]) -> None:
+        plain["file"]["parity"]["max_abs_difference"] *= factor
+
+    folder = edit(change)
+    (folder / "card.md").write_text(render(read(folder / "certificate.json")))
+    assert check(folder).findings == ()
 
 
 # --- the arithmetic that a certificate claims ------------------------------------------------------------------------

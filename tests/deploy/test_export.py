@@ -1,6 +1,7 @@
 """What a pick writes, what it counts, and what it refuses."""
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -210,12 +211,59 @@ def test_an_earlier_or_broken_off_pick_may_be_replaced(copy: Path) -> None:
     assert (copy / "model.onnx").is_file()  # asked only: nothing is replaced yet
 
 
+NEW = dict.fromkeys(FILES, b"new")
+
+
 def test_a_crash_leaves_no_certificate_beside_other_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {name: b"new" for name in FILES if name != "card.md"}
-    with pytest.raises(KeyError):  # breaks off in the middle
-        export.write_folder(copy, files)
+    real = Path.replace
+
+    def crash(self: Path, target: Path) -> Path:
+        if target.name == "card.md":
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):  # breaks off in the middle
+        export.write_folder(copy, NEW)
     assert (copy / "model.onnx").read_bytes() == b"new"
-    assert not (copy / "certificate.json").exists()
+    assert sorted(p.name for p in copy.iterdir()) == ["card.md", "model.onnx", "model.safetensors"]
+
+
+@pytest.mark.parametrize("written", range(len(FILES)))
+def test_a_full_disk_leaves_the_earlier_pick_as_it_was(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    before = {p.name: p.read_bytes() for p in copy.iterdir()}
+    left = iter([None] * written)
+
+    def full(descriptor: int) -> None:
+        if next(left, "full") == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export.os, "fsync", full)
+    with pytest.raises(UserError, match=r"copy: cannot be written \(No space left on device\); expected a place"):
+        export.write_folder(copy, NEW)
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == before
+    monkeypatch.undo()
+    export.write_folder(copy, NEW)
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == NEW
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_test_split_is_used(
+    network: Network, run_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.safetensors"
+    save(network, file)
+    before = (run_folder / USES).read_text() if (run_folder / USES).exists() else ""
+    with pytest.raises(UserError, match=r"--out .*own.safetensors/x: cannot be written .*expected a place"):
+        pick_file(file, "int8", file / "x")
+    with pytest.raises(UserError, match=r"--out .*own.safetensors/x/y: cannot be written"):
+        pick(run_folder, Requirements(level="int8"), file / "x" / "y")
+    (tmp_path / "out" / "model.onnx").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--out .*out: .*model.onnx is a folder"):
+        pick_file(file, "int8", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "own.safetensors"]  # no use is recorded
+    assert ((run_folder / USES).read_text() if (run_folder / USES).exists() else "") == before
 
 
 def test_the_card_tells_what_a_user_must_know(picked: PickResult) -> None:

@@ -13,9 +13,10 @@ from deploy_support import DIGITS, EPSILON
 from cactus_ray.config import ThreatConfig
 from cactus_ray.data import load
 from cactus_ray.deploy import certificate, replay
-from cactus_ray.deploy.certificate import INTEGERS, check
+from cactus_ray.deploy.certificate import check
 from cactus_ray.deploy.export import PickResult, pick
 from cactus_ray.deploy.pick import Requirements
+from cactus_ray.deploy.statements import INTEGERS
 from cactus_ray.errors import RunFailedError
 from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network
