@@ -145,7 +145,10 @@ def search(
         float | None, typer.Option(help="End after so many hours of work, over all drivers of the run.")
     ] = None,
     max_gpu_hours: Annotated[float | None, typer.Option(help="End after so many hours of GPUs.")] = None,
-    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Replace a run of this name, which is deleted when a trial of the new one starts.")] = False,
+    from_scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="Replace a run of this name; it is deleted when a new trial starts."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only profile a step of every method and print what the study costs.")
     ] = False,
