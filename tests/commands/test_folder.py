@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_space import SPACE
 
+from cactus_ray.cluster.driver import DriverOptions
 from cactus_ray.commands import search as module
 from cactus_ray.commands.folder import opened
 from cactus_ray.commands.search import SearchOptions, resumed, search
 from cactus_ray.commands.single import of_trial
+from cactus_ray.data import DataSet
 from cactus_ray.errors import UserError
 from cactus_ray.search.space import Space, parse_space
 from cactus_ray.search.store import RunStore, read_records
 from cactus_ray.search.study import Study
-
-SPACE: dict[str, Any] = {
-    "name": "tiny",
-    "data": {"name": "digits", "train_samples": 128},
-    "model": {"name": "mlp", "hidden": [8]},
-    "threat": {"epsilon": 0.02},
-    "levels": ["dense"],
-    "train": {"epochs": 1, "batch_size": 64},
-    "parameters": {"method": {"value": "cactus"}, "learning_rate": {"min": 0.001, "max": 0.01}},
-    "search": {"trials": 2},
-    "verification": {"samples": 40},
-}
 
 
 def one_trial(study: Study, *rest: Any) -> None:
@@ -162,7 +154,7 @@ def test_a_wrong_source_leaves_nothing_behind(begun: tuple[Space, Path]) -> None
         search(space, SearchOptions(run=run.with_name("new"), progress=False, source="nowhere"))
     assert [path.name for path in run.parent.iterdir()] == ["tiny"]
     before = contents(run)
-    more = parse_space({**SPACE, "search": {"trials": 9}}, "tiny.yaml")
+    more = parse_space({**SPACE, "search": SPACE["search"] | {"trials": 9}}, "tiny.yaml")
     with pytest.raises(UserError, match="has 1 trials already"):
         search(more, SearchOptions(run=run, progress=False, source="nowhere"))
     assert contents(run) == before
@@ -193,3 +185,60 @@ def test_a_broken_space_is_named_when_its_run_is_opened(begun: tuple[Space, Path
     (run / "space.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"space\.yaml: line 1"):
         search(space, SearchOptions(run=run, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere", "nowhere"), ("itself", "which --from-scratch would delete; choose another --name")],
+)
+def test_a_run_is_not_deleted_for_one_that_cannot_begin(source: str, message: str, begun: tuple[Space, Path]) -> None:
+    space, run = begun
+    before = contents(run.parent)
+    given = str(run) if source == "itself" else source
+    with pytest.raises(UserError, match=message):
+        search(space, SearchOptions(run=run, progress=False, from_scratch=True, source=given))
+    assert contents(run.parent) == before
+
+
+def test_a_run_that_fails_to_begin_brings_the_old_one_back(
+    begun: tuple[Space, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, run = begun
+    before = contents(run.parent)
+
+    def full(*rest: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "begin", full)
+        with pytest.raises(OSError, match="No space left"):
+            search(space, SearchOptions(run=run, progress=False, from_scratch=True))
+    assert contents(run.parent) == before
+    search(space, SearchOptions(run=run, progress=False, from_scratch=True))
+    assert not (run / "network.safetensors").exists()
+    assert [path.name for path in run.parent.iterdir()] == ["tiny"]  # nothing stands aside any more
+
+
+def test_a_study_goes_on_with_its_own_images_and_network_only(
+    begun: tuple[Space, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, run = begun
+    search(space, SearchOptions(run=run, progress=False))
+    before = contents(run.parent)
+    other = DriverOptions(init=b"another network")
+    with pytest.raises(
+        UserError, match=r"--init: got of SHA-256 \w{16}; .*tiny was begun with none: expected the same"
+    ):
+        search(space, SearchOptions(run=run, progress=False, driver=other))
+    original = module.load
+
+    def load(*arguments: Any) -> DataSet:
+        data = original(*arguments)
+        return replace(data, digests=data.digests | {"selection": "0" * 64})
+
+    monkeypatch.setattr(module, "load", load)
+    with pytest.raises(
+        UserError, match=r"begun with other images: the selection split had SHA-256 \w{16}, digits has 0000"
+    ):
+        search(space, SearchOptions(run=run, progress=False))
+    assert contents(run.parent) == before
