@@ -461,9 +461,7 @@ def bench_train(
     image: Annotated[str, typer.Option(help="Channels, height and width of an image.")] = "1x28x28",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 128,
     methods: Annotated[str | None, typer.Option(help="Methods, separated by commas; default: all.")] = None,
-    strategies: Annotated[
-        str | None, typer.Option(help="Of cactus: names separated by commas, or all; default: the usual six.")
-    ] = None,
+    strategies: Annotated[str | None, typer.Option(help="Of cactus: names, separated by commas; default: all.")] = None,
     attack_steps: Annotated[str, typer.Option(help="Steps of the attacks, such as 1,8.")] = "1,8",
     repeats: Annotated[int, typer.Option(min=1, help="Turns in which all steps are timed.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,

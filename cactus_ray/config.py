@@ -27,7 +27,14 @@ from cactus_ray.parsing import to_dict as to_dict
 
 STRATEGIES = ("none", "single", "triple", "random", "fixed", "dense", "progressive", "adaptive")
 PRUNE_FAMILIES = tuple(f"{g}{s}-{n}" for g in "gl" for s in "us" for n in ("l1", "l2", "grad"))
-AWP_UNITS = ("step", "std", "absolute", "relative", "int6", "int5", "int4", "int3", "ternary")
+_WIDTHS = ("int8", "int6", "int5", "int4", "int3")
+AWP_UNITS = (
+    "step", "std", "absolute", "relative", *_WIDTHS[1:], "ternary",
+    *(f"{width}:tensor" for width in (*_WIDTHS, "ternary")),
+    *(f"{width}{scales}:affine" for scales in ("", ":tensor") for width in (*_WIDTHS, "int2")),
+    "fp16", "bf16",
+)  # fmt: skip
+"""Of the radius of a weight perturbation; those that name a format of levels mean its step, ``step`` that of int8."""
 AWP_KINDS = ("ascent", "noise", "rounding")
 STORED_BITS = (2, 3, 4, 5, 6, 8)
 """Widths of a weight for which there are levels: ``ternary``, ``int3`` to ``int8``, and codebooks."""
@@ -219,7 +226,7 @@ class RunConfig:
     compression_set: CompressionSetConfig | None = setting(None, doc="compression set of cactus")
     awp_radius: float | None = setting(None, doc="eta: radius of the weight perturbation in awp_unit", minimum=0.0)
     awp_unit: str | None = setting(
-        None, doc="unit of awp_radius (step: int8 step of the channel; int4 and the like: step of that width)",
+        None, doc="unit of awp_radius (step: int8 step of the channel; int4, int4:affine, fp16: step of that format)",
         choices=AWP_UNITS,
     )  # fmt: skip
     awp_steps: int | None = setting(None, doc="ascent steps of the weight perturbation", minimum=1, maximum=100)

@@ -52,14 +52,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "single+awp-pruned": _steps("single", {"awp_member": "pruned"}),
 }
 """What CACTUS is timed with, by name. awp-3: three ascent steps; awp-pruned: the pruned copy is perturbed."""
-USUAL = ("single", "single/4", "triple", "triple/4", "awp", "single+awp")
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """What is measured. ``image``: text such as 1x28x28; ``steps_of_attack``: text such as 1,8; ``strategies``: of
-    CACTUS, names in ``STRATEGIES`` separated by commas, or all (None: ``USUAL``); ``batch_norm``: None for the model's
-    own."""
+    CACTUS, names in ``STRATEGIES`` separated by commas (None: all); ``batch_norm``: None for the model's own."""
 
     model: str
     width: float
@@ -119,10 +117,10 @@ def _cases(options: BenchOptions, shape: tuple[int, ...]) -> list[tuple[str, Run
 
 
 def _strategies(text: str | None) -> dict[str, dict[str, Any]]:
-    names = list(STRATEGIES) if text == "all" else text.split(",") if text else USUAL
+    names = list(STRATEGIES) if text is None else text.split(",")
     for name in names:
         if name not in STRATEGIES:
-            raise ConfigError("--strategies", name, f"all, or some of {', '.join(STRATEGIES)}, separated by commas")
+            raise ConfigError("--strategies", name, f"some of {', '.join(STRATEGIES)}, separated by commas")
     return {name: STRATEGIES[name] for name in names}
 
 

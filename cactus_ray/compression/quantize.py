@@ -28,6 +28,24 @@ def step(weight: Tensor, bits: int = 8, *, per_tensor: bool = False) -> Tensor:
     return (largest / largest_code(bits)).clamp(min=SMALLEST_SCALE)
 
 
+def affine_step(weight: Tensor, bits: int, *, per_tensor: bool = False) -> Tensor:
+    """Likewise the affine step: the range of the weights, widened to hold 0, over ``2^bits - 1``."""
+    _check(bits)
+    low, high = _range(weight, per_tensor=per_tensor)
+    return ((high - low) / int(2**bits - 1)).clamp(min=SMALLEST_SCALE)
+
+
+def float_step(weight: Tensor, mantissa_bits: int, smallest_exponent: int) -> Tensor:
+    """Distance of neighbouring floating-point numbers of a format at every weight float32: the shape of ``weight``.
+
+    fp16 has 10 bits behind the point and normal numbers from 2^-14, bf16 7 and 2^-126. The step at w is
+    ``2^(max(floor(log2 |w|), smallest_exponent) - mantissa_bits)``; overflow is not looked at. Not differentiable.
+    """
+    bits = weight.detach().float().view(torch.int32)
+    power_below = bits.bitwise_and(0x7F800000).view(torch.float32)  # 2^floor(log2 |w|), exactly
+    return power_below.clamp(min=2.0**smallest_exponent) * float(2.0**-mantissa_bits)
+
+
 def quantize(weight: Tensor, bits: int, *, per_tensor: bool = False) -> tuple[Tensor, Tensor]:
     """Symmetric codes int8 (shape of ``weight``) and scale float32 [out] or [1], rounding half to even.
 
@@ -53,13 +71,12 @@ def quantize_affine(weight: Tensor, bits: int, *, per_tensor: bool = False) -> t
     2^bits``: a weight of 0 has the code 0, as sparse storage needs it, in the same ``bits`` bits. The error is at most
     half a step, up to the rounding of the scale to float32.
     """
-    _check(bits)
-    rows = _rows(weight.detach().double(), per_tensor=per_tensor)
-    low, high = rows.amin(dim=1).clamp(max=0.0), rows.amax(dim=1).clamp(min=0.0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE).float()
+    weight = weight.detach().double()
+    scale = affine_step(weight, bits, per_tensor=per_tensor).float()
+    low, _ = _range(weight, per_tensor=per_tensor)
     zero_point = torch.round(-low / scale.double()).clamp(0, 2**bits - 1)
     offset = _columns(zero_point, weight)
-    codes = torch.round(weight.detach().double() / _columns(scale, weight).double()) + offset
+    codes = torch.round(weight / _columns(scale, weight).double()) + offset
     found = (codes.clamp(0, 2**bits - 1) - offset).remainder(2**bits)
     return found.to(torch.uint8), scale, zero_point.to(torch.uint8)
 
@@ -84,6 +101,12 @@ def _check(bits: int) -> None:
 def _rows(weight: Tensor, *, per_tensor: bool) -> Tensor:
     """[groups, values]: the values that share a scale."""
     return weight.reshape(1, -1) if per_tensor else weight.flatten(1)
+
+
+def _range(weight: Tensor, *, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    """[groups] each: the smallest weight or 0, the largest or 0."""
+    rows = _rows(weight.detach(), per_tensor=per_tensor)
+    return rows.amin(dim=1).clamp(max=0.0), rows.amax(dim=1).clamp(min=0.0)
 
 
 def _columns(values: Tensor, like: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
-from cactus_ray.compression.levels import INTEGER_BITS
-from cactus_ray.compression.quantize import step as quantization_step
+from cactus_ray.compression.levels import Level
+from cactus_ray.compression.quantize import affine_step, float_step
+from cactus_ray.compression.quantize import step as symmetric_step
+from cactus_ray.config import AWP_UNITS
 from cactus_ray.training.workers import Workers
 
 
@@ -21,29 +23,41 @@ def radii(graph: Graph, params: Params, radius: float, unit: str) -> Params:
     """How far each convolution's and linear layer's weight may move; each broadcasts to its weight.
 
     ``radius`` >= 0 in ``unit``: "step" (symmetric int8 step of the output channel; 0.5 covers rounding to int8
-    exactly), "int6" to "int3" and "ternary" (the same of that width), "std" (standard deviation of the tensor),
-    "absolute", or "relative" (to each weight's magnitude). Biases and batch norm are not perturbed, as quantisation
-    does not touch them. Detached from ``params``.
+    exactly), any other format of levels whose weights are integers or floating point ("int4", "int4:tensor:affine",
+    "fp16": the step of that format, of the tensor, or between the floats around each weight), "std" (standard
+    deviation of the tensor), "absolute", or "relative" (to each weight's magnitude). Biases and batch norm are not
+    perturbed: integers do not touch them. Steps are those of the weights before batch norm is merged into them, which
+    only steps of a channel follow exactly. Detached from ``params``.
     """
+    if unit not in AWP_UNITS:
+        raise ValueError(f"unit {unit!r}")
     found: Params = {}
     with torch.no_grad():
         for node in graph.weighted():
             name = f"{node.name}.weight"
             weight = params[name].detach()
             match unit:
-                case "step" | "int6" | "int5" | "int4" | "int3" | "ternary":
-                    bits = INTEGER_BITS.get(unit, 8)
-                    size = quantization_step(weight, bits).view(-1, *([1] * (weight.dim() - 1)))
                 case "std":
                     size = weight.std(correction=0)
                 case "absolute":
                     size = weight.new_ones(())
                 case "relative":
                     size = weight.abs()
+                case "fp16":
+                    size = float_step(weight, 10, -14)
+                case "bf16":
+                    size = float_step(weight, 7, -126)
                 case _:
-                    raise ValueError(f"unit {unit!r}")
+                    size = _integer_step(weight, Level(quantise="int8" if unit == "step" else unit))
             found[name] = radius * size
     return found
+
+
+def _integer_step(weight: Tensor, level: Level) -> Tensor:
+    """[out, 1, ...] or [1, 1, ...]"""
+    assert level.bits is not None
+    size = (affine_step if level.affine else symmetric_step)(weight, level.bits, per_tensor=level.per_tensor)
+    return size.view(-1, *([1] * (weight.dim() - 1)))
 
 
 def jump(gradients: Params, limits: Params) -> Params:
@@ -86,8 +100,9 @@ def noise(params: Params, limits: Params, generator: torch.Generator) -> Params:
 def rounding(params: Params, limits: Params) -> Params:
     """Perturbations that bring every weight to the grid of step ``2 * limit`` through 0, ties to even.
 
-    Half a symmetric step gives the weights of that level. They are detached, so that the gradient reaches the weights
-    as if they were not rounded (straight-through estimator: Bengio et al. 2013).
+    Half a step of a format gives the weights of that level, but where an affine range ends in two ties, of which the
+    level clips one. They are detached, so that the gradient reaches the weights as if they were not rounded
+    (straight-through estimator: Bengio et al. 2013).
     """
     found = {}
     for name, limit in limits.items():

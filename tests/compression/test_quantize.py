@@ -3,7 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cactus_ray.compression.quantize import dequantize, largest_code, quantize, quantize_affine, step
+from cactus_ray.compression.quantize import (
+    dequantize,
+    float_step,
+    largest_code,
+    quantize,
+    quantize_affine,
+    step,
+)
 
 
 @given(
@@ -32,6 +39,16 @@ def test_zero_is_exact(bits: int) -> None:
     assert not tensor[1].any()
     assert bool((scales > 0).all())
     assert tensor[0, 3] == pytest.approx(1.0, rel=1e-6)
+
+
+@given(exponent=st.floats(-30, 15), seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_rounding_to_float_steps_is_the_cast(exponent: float, seed: int) -> None:
+    weight = torch.randn(200, generator=torch.Generator().manual_seed(seed)).clamp(-1.9, 1.9) * 2.0**exponent
+    weight[:3] = torch.tensor([0.0, 1.0, 1 + 2.0**-11]) * 2.0 ** round(exponent)  # zero, a power of two, a tie
+    for kind, mantissa_bits, smallest in ((torch.float16, 10, -14), (torch.bfloat16, 7, -126)):
+        size = float_step(weight, mantissa_bits, smallest)
+        assert torch.equal(torch.round(weight / size) * size, weight.to(kind).float())
 
 
 def test_half_goes_to_even_and_ends_are_reached() -> None:

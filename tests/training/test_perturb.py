@@ -2,10 +2,13 @@ import pytest
 import torch
 
 from cactus_ray.bounds.graph import Graph, Params, forward
+from cactus_ray.compression.levels import FORMATS, INTEGER_INFERENCE, Level
+from cactus_ray.compression.materialize import materialize
 from cactus_ray.compression.quantize import dequantize, quantize
 from cactus_ray.config import AWP_UNITS
 from cactus_ray.training.perturb import apply, ascend, jump, noise, radii, rounding
 
+OF_FORMATS = tuple(unit for unit in AWP_UNITS if unit not in ("std", "absolute", "relative"))
 IMAGES, LABELS = torch.rand(32, 2, generator=torch.Generator().manual_seed(3)), torch.arange(32) % 2
 
 
@@ -46,18 +49,35 @@ def test_half_a_step_covers_the_rounding_to_int8(tiny: tuple[Graph, Params], gen
     assert (error.abs() <= limit + 1e-7).all()
 
 
-@pytest.mark.parametrize(
-    ("unit", "bits"), [("step", 8), ("int6", 6), ("int5", 5), ("int4", 4), ("int3", 3), ("ternary", 2)]
-)
+@pytest.mark.parametrize("unit", OF_FORMATS)
 def test_rounding_by_half_a_step_is_the_level(
-    unit: str, bits: int, tiny: tuple[Graph, Params], generator: torch.Generator
+    unit: str, tiny: tuple[Graph, Params], generator: torch.Generator
 ) -> None:
     graph, params = tiny
     params = params | {f"fc{i}.weight": torch.randn(2, 2, generator=generator) for i in (1, 2)}
     found = apply(params, rounding(params, radii(graph, params, 0.5, unit)))
+    level = Level(quantise="int8" if unit == "step" else unit)
+    deployed = materialize(graph, params, level).params
     for name in ("fc1.weight", "fc2.weight"):
-        torch.testing.assert_close(found[name], dequantize(*quantize(params[name], bits)), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found[name], deployed[name], rtol=1e-6, atol=1e-7)
     assert torch.equal(found["fc1.bias"], params["fc1.bias"])
+
+
+def test_every_format_of_integers_and_floats_is_a_unit() -> None:
+    formats = {"int8" if unit == "step" else unit for unit in OF_FORMATS}
+    assert formats == {f for f in FORMATS if not f.startswith("codebook") and f != INTEGER_INFERENCE}
+    assert len(OF_FORMATS) == len(formats)
+
+
+def test_steps_of_formats_by_hand(tiny: tuple[Graph, Params]) -> None:
+    graph, params = tiny
+    params = params | {"fc1.weight": torch.tensor([[1.0, -2.0], [0.75, 0.0]])}
+    expected = {
+        "int4:tensor": [[2 / 7]], "int4:affine": [[3 / 15], [0.75 / 15]], "int4:tensor:affine": [[3 / 15]],
+        "fp16": [[2.0**-10, 2.0**-9], [2.0**-11, 2.0**-24]], "bf16": [[2.0**-7, 2.0**-6], [2.0**-8, 2.0**-133]],
+    }  # fmt: skip
+    for unit, steps in expected.items():
+        torch.testing.assert_close(radii(graph, params, 1.0, unit)["fc1.weight"], torch.tensor(steps))
 
 
 def test_rounding_lets_gradients_straight_through(tiny: tuple[Graph, Params]) -> None:
