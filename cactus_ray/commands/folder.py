@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cactus_ray.data import DataSet
 from cactus_ray.errors import UserError
+from cactus_ray.search.document import dump_yaml
 from cactus_ray.search.journal import Event
 from cactus_ray.search.space import Space, load_space
 from cactus_ray.search.store import RunStore
@@ -152,5 +151,5 @@ def refuse_other_init(run: Path, study: Mapping[str, Any], digest: str | None) -
 def write_space(space: Space, path: Path) -> None:
     """Whole or not at all: a driver that is killed leaves a space that can be read."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(yaml.safe_dump(space.to_dict(), sort_keys=False))
+    part.write_text(dump_yaml(space.to_dict()), encoding="utf-8")
     part.replace(path)

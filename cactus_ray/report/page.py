@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
 from cactus_ray.report import again, figures, insight, ledger, tables
+from cactus_ray.search.document import dump_yaml
 from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
 from cactus_ray.search.replicates import seen_again
@@ -76,7 +76,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "losses": tables.lost_trials(records),
         "trials": tables.trial_rows(space, records),
         "trial_columns": tables.trial_columns(space),
-        "space": yaml.safe_dump(space.to_dict(), sort_keys=False, allow_unicode=True),
+        "space": dump_yaml(space.to_dict()),
         "footer": _footer(records),
         "ids": list(charts),
         "constrained": bool(space.constraints),

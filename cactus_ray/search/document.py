@@ -1,4 +1,4 @@
-"""Reading YAML strictly: what a human could have meant in two ways is an error with its place."""
+"""Reading YAML strictly: what a human could have meant in two ways is an error with its place; and writing it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,21 @@ class _Loader(yaml.SafeLoader):
     """Safe loading, with numbers as YAML 1.2 and editors read them: ``3e-4`` is a number and not text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe dumping, with text that ``_Loader`` would read as a number in quotes."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def dump_yaml(plain: Any) -> str:
+    """Text that ``read_yaml`` reads back to the same plain data; keys stay in order."""
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str, source: str) -> Any:

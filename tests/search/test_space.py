@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from cactus_ray.commands.folder import write_space
 from cactus_ray.config import METHODS, RunConfig, parse
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.search.document import read_yaml
 from cactus_ray.search.domains import Choices
 from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import check_launch, load_space, parse_space
@@ -137,6 +139,19 @@ def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
         + "parameters:\n  learning_rate: {distribution: log_uniform_values, min: 3e-4, max: 1E-2}\n"
     )
     assert load_space(write(tmp_path, text)).parameters[0].domain.ends() == (0.0003, 0.01)
+
+
+@pytest.mark.parametrize("text", ["1e5", "1E5", "-2e8", ".5e-3", "2e8b2-net", "1e5x", "12e3.4", "on", "1.5", "étude"])
+def test_text_that_looks_like_a_number_stays_text(text: str, tmp_path: Path) -> None:
+    assert read_yaml(f"root: '{text}'", "space.yaml") == {"root": text}
+    space = parse_space({**MINIMAL, "data": {"name": "mnist", "root": text}})
+    write_space(space, tmp_path / "space.yaml")
+    assert load_space(tmp_path / "space.yaml") == space
+
+
+@pytest.mark.parametrize("text", ["2e8b2-net", "1e5x", "12e3.4"])
+def test_text_that_begins_like_a_number_needs_no_quotes(text: str) -> None:
+    assert read_yaml(f"root: {text}", "space.yaml") == {"root": text}
 
 
 def test_a_radius_may_be_a_fraction_of_pixel_values(tmp_path: Path) -> None:
