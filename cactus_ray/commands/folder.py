@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cactus_ray.data import DataSet
 from cactus_ray.errors import UserError
 from cactus_ray.search.document import dump_yaml
 from cactus_ray.search.journal import Event
@@ -128,17 +127,6 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif old != new:
             return f"{place}: {old!r} there, {new!r} now"
     return None
-
-
-def refuse_other_data(run: Path, study: Mapping[str, Any], data: DataSet, instead: str = "") -> None:
-    """Raise UserError where ``data`` are not the images and labels that a study was begun with, by whose indices its
-    verdicts are kept. ``study``: its first event; one of an older version names no digests, and is not compared."""
-    for split, digest in study.get("digests", {}).items():
-        if split in data.digests and data.digests[split] != digest:
-            raise UserError(
-                f"{run}: begun with other images: the {split} split had SHA-256 {digest[:16]}, {data.name} has "
-                f"{data.digests[split][:16]} now; expected the same images under data.root{instead}"
-            )
 
 
 def refuse_other_init(run: Path, study: Mapping[str, Any], digest: str | None) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from cactus_ray.bounds.graph import Graph
 from cactus_ray.cluster.driver import DriverOptions, run_study
 from cactus_ray.commands.estimate import estimate, print_estimate, refuse_full_disk
-from cactus_ray.commands.folder import opened, refuse_other_data, refuse_other_init, write_space
+from cactus_ray.commands.folder import opened, refuse_other_init, write_space
 from cactus_ray.config import ModelConfig, RunConfig
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
@@ -66,7 +66,7 @@ def search(space: Space, options: SearchOptions) -> Records:
     folder = opened(space, options.run, from_scratch=options.from_scratch, source=options.source)
     with folder as (store, replaced):
         records = read_records(store.path, verdicts=False) if store.file.exists() else Records()
-        refuse_other_data(options.run, records.study, data, ", or another --name")
+        records.refuse_other_data(options.run, data, ", or another --name")
         refuse_other_init(options.run, records.study, _digest(options.driver.init))
         reference = records.study.get("reference_point") or reference_point(space, untrained)
         past = _past(space, options, records, reference)

@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cactus_ray.commands.families import FamilyOptions
-from cactus_ray.commands.folder import refuse_other_data
 from cactus_ray.commands.pick import stages
 from cactus_ray.commands.report import space_of
 from cactus_ray.commands.results import Results, open_results
@@ -81,7 +80,7 @@ def of_trial(text: str, init: Path | None) -> Training:
         what = "no --init" if wanted is None else f"--init with the network of SHA-256 {wanted}"
         raise UserError(f"--init: got {init and str(init)!r}; expected {what}, as the study of {text} was started")
     config = parse(RunConfig, trial.config)
-    refuse_other_data(run, records.study, load(config.data, ("train", "selection")))
+    records.refuse_other_data(run, load(config.data, ("train", "selection")))
     device = "cuda" if space.resources.gpus_per_worker > 0 else "cpu"
     return Training(config, space.resources.threads, trial.sha256, device)
 

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from cactus_ray.compression.family import Family
+from cactus_ray.compression.levels import parse_level
 from cactus_ray.config import DataConfig, RunConfig, parse
+from cactus_ray.data import load
 from cactus_ray.deploy import certificate as certify
 from cactus_ray.deploy import document as doc
 from cactus_ray.deploy.card import render
@@ -116,6 +118,8 @@ def pick(
     trial, level = records.trials[choice.point["trial"]], str(choice.point["level"])
     around = None if family is None else family(level)
     config = parse(RunConfig, trial.config)
+    if parse_level(level).needs_calibration:  # on other images it would not be the network that the search saw
+        records.refuse_other_data(run, load(_data(config, root), ("train",)))
     subject = _Subject.of(_checkpoint(run, trial), config, level, root)
     _same_size(subject.deployed.file, choice.point)
     if settings is None:
@@ -175,7 +179,7 @@ class _Subject:
 
     @staticmethod
     def of(network: Network, config: RunConfig, level: str, root: str | None) -> _Subject:
-        data = config.data if root is None else replace(config.data, root=root)
+        data = _data(config, root)
         deployed = at_level(network, level, data, config.threat.domain)
         dense = len(at_level(network, "dense", data, config.threat.domain).file)
         return _Subject(config, data, level, deployed, dense)
@@ -210,6 +214,10 @@ def _certified(
         },
     )  # fmt: skip
     return document
+
+
+def _data(config: RunConfig, root: str | None) -> DataConfig:
+    return config.data if root is None else replace(config.data, root=root)
 
 
 def selection_figures(point: Point) -> doc.Summary:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cactus_ray.data import DataSet
+from cactus_ray.errors import UserError
 from cactus_ray.search.halving import Decision
 from cactus_ray.search.work import Work
 
@@ -101,6 +104,17 @@ class Records:
     def replicates(self) -> list[TrialRecord]:
         """The trials that repeat one of the search with another seed."""
         return [trial for trial in self.trials.values() if trial.of is not None]
+
+    def refuse_other_data(self, run: Path, data: DataSet, instead: str = "") -> None:
+        """Raise UserError where ``data`` are not the images and labels that the study in the folder ``run`` was begun
+        with, by whose indices its verdicts are kept. One of an older version names no digests, and is not compared.
+        """
+        for split, digest in self.study.get("digests", {}).items():
+            if split in data.digests and data.digests[split] != digest:
+                raise UserError(
+                    f"{run}: begun with other images: the {split} split had SHA-256 {digest[:16]}, {data.name} has "
+                    f"{data.digests[split][:16]} now; expected the same images under data.root{instead}"
+                )
 
     def ledger(self) -> dict[str, float]:
         """Seconds of verifiers by stage, over all trials, whatever became of them."""

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,39 @@ def test_another_size_than_recorded_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_or_missing_checkpoint_is_named(run_folder: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_calibrated_level_is_not_written_from_other_images_than_the_search_saw(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    (run / USES).unlink(missing_ok=True)  # of other tests
+    lines = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    (study,) = (line for line in lines if line["event"] == "study")
+    (completed,) = (line for line in lines if line["event"] == "completed")
+    (int8,) = (point for point in completed["points"] if point["level"] == "int8")
+    completed["points"].append(int8 | {"level": "rebn+int8"})  # without batch norm the same network
+    right = load(DIGITS, ("train",)).digests["train"]
+    for digest, level, refused in (
+        ("0" * 64, "rebn+int8", True),
+        (right, "rebn+int8", False),
+        ("0" * 64, "int8", False),
+    ):
+        study["digests"] = {"train": digest}
+        (run / "trials.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if refused:
+            with pytest.raises(UserError, match=r"begun with other images: the train split had SHA-256 0{16}, digits"):
+                pick(run, Requirements(level=level), tmp_path / "out", samples=5, settings=QUICK)
+            assert not (tmp_path / "out").exists()
+            assert not (run / USES).exists()
+        else:
+            pick(run, Requirements(level=level), tmp_path / "out", samples=5, settings=QUICK)
+            assert certified_level(tmp_path / "out") == level
 
+
+def certified_level(folder: Path) -> str:
+    return str(json.loads((folder / document.NAME).read_text())["network"]["level"])
+
+
+def test_a_changed_or_missing_checkpoint_is_named(run_folder: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run_folder, tmp_path / "run"))
     path = run / "checkpoints" / "t0001.safetensors"
     content = bytearray(path.read_bytes())
