@@ -307,8 +307,11 @@ _OF_AWP = ("awp_unit", "awp_steps", "awp_member", "awp_kind")
 
 
 def _check_read(space: Space) -> None:
-    """No parameter that nothing ever reads, on which a sampler would waste its trials."""
-    for name in (p.name for p in space.parameters):
+    """No parameter that nothing ever reads, on which a sampler would waste its trials; nor a perturbation whose radius
+    was forgotten, for there would be none."""
+    drawn = [p.name for p in space.parameters]
+    forgotten = [] if "awp_radius" in (*drawn, *space.base) else [name for name in _OF_AWP if name in space.base]
+    for name in (*drawn, *forgotten):
         if name in _READERS:
             owner, values = _READERS[name]
             readers = f"{owner}: {' or '.join(map(str, values))}"

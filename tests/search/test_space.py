@@ -578,6 +578,7 @@ UNREAD = [
     (
         {"awp_unit": {"values": ["step", "std"]}}, "parameters.awp_unit", "awp_unit", "without awp_radius above 0",
     ),
+    ({"awp_unit": {"value": "int4"}}, "parameters.awp_unit", "awp_unit", "without awp_radius above 0"),
     ({"train.precision": {"values": ["bf16", "float32"]}}, "parameters.train.precision", "bf16", "gpus_per_worker"),
 ]  # fmt: skip
 
@@ -591,6 +592,11 @@ def test_what_nothing_would_read_is_refused_at_launch(
         check_launch(space, "dir/file.yaml")
     assert str(caught.value).startswith(f"dir/file.yaml: {path}: got '{value}'"), str(caught.value)
     assert hint in str(caught.value)
+
+
+def test_a_perturbation_may_be_turned_off_by_its_radius() -> None:
+    space = with_parameters(awp_unit={"value": "int4"}, awp_radius={"value": 0.5})
+    check_launch(parse_space(space, overrides={"awp_radius": "0"}), "f.yaml")
 
 
 def test_what_the_workers_cannot_do_is_refused_at_launch() -> None:
