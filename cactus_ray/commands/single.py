@@ -32,7 +32,7 @@ from cactus_ray.errors import ConfigError, RunFailedError, UserError
 from cactus_ray.models.network import load as load_network
 from cactus_ray.models.network import pack, save
 from cactus_ray.outputs import try_files, unwritable
-from cactus_ray.search.space import load_space
+from cactus_ray.search.space import check_read, load_space
 from cactus_ray.search.store import read_records
 from cactus_ray.training.loop import EpochReport, NonFiniteLossError
 from cactus_ray.training.loop import train as run_loop
@@ -55,11 +55,13 @@ class Training:
 
 
 def of_space(space_file: Path, overrides: Mapping[str, str]) -> Training:
-    """The one configuration that a space with every parameter fixed describes. UserError naming those that are not."""
+    """The one configuration that a space with every parameter fixed describes. UserError naming those that are not,
+    and where nothing would read one."""
     space = load_space(space_file, overrides)
     if space.parameters:
         names = ", ".join(parameter.name for parameter in space.parameters)
         raise UserError(f"{space_file}: no value for {names}; give each one with --set NAME=VALUE")
+    check_read(space, str(space_file))
     return Training(space.configuration({}, 0), space.resources.threads)
 
 

@@ -278,9 +278,9 @@ def check_launch(space: Space, source: str) -> None:
     """
     try:
         _check_workers(space)
-        _check_read(space)
     except ConfigError as error:
         raise error.at(source) from None
+    check_read(space, source)
 
 
 def _check_workers(space: Space) -> None:
@@ -306,9 +306,12 @@ _READERS: dict[str, tuple[str, tuple[Any, ...]]] = {
 _OF_AWP = ("awp_unit", "awp_steps", "awp_member", "awp_kind")
 
 
-def _check_read(space: Space) -> None:
+def check_read(space: Space, source: str) -> None:
     """No parameter that nothing ever reads, on which a sampler would waste its trials; nor a perturbation whose radius
-    was forgotten, for there would be none."""
+    was forgotten, for there would be none.
+
+    Raises ConfigError, with the file's name ``source``.
+    """
     drawn = [p.name for p in space.parameters]
     forgotten = [] if "awp_radius" in (*drawn, *space.base) else [name for name in _OF_AWP if name in space.base]
     for name in (*drawn, *forgotten):
@@ -324,7 +327,8 @@ def _check_read(space: Space) -> None:
         else:
             continue
         if not read:
-            raise ConfigError(f"parameters.{name}", name, f"no such parameter without {readers}: nothing would read it")
+            expected = f"no such parameter without {readers}: nothing would read it"
+            raise ConfigError(f"parameters.{name}", name, expected, source)
 
 
 def _possible(space: Space, name: str) -> list[tuple[Any, str]]:

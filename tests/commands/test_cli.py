@@ -41,6 +41,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["search", SMOKE, "--name", "../x"], ["--name", "'../x'"]),
         (["search", SMOKE, "--init", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["train", SMOKE], ["learning_rate", "--set"]),
+        (["train", SMOKE, *FIXED, "--set", "awp_unit=int4"], ["smoke.yaml: parameters.awp_unit", "awp_radius above 0"]),
         (["train", SMOKE, *FIXED, "--out", "network.bin"], ["'network.bin'", ".safetensors"]),
         (["train", SMOKE, *FIXED, "--set", "threat.epsilon=2"], ["threat.epsilon", "2"]),
         (["status", "nowhere"], ["nowhere", "expected"]),
