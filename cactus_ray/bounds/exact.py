@@ -11,7 +11,10 @@ import torch
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """float32 is float32 inside: no TF32, no bfloat16 products, no autocast. The settings of before are restored."""
+    """float32 is float32 inside: no TF32, no bfloat16 products, no autocast. The settings of before are restored.
+
+    They are the whole process's: threads that overlap inside would undo each other's.
+    """
     restore = _forbid_short_products()
     try:
         with torch.autocast(device.type, enabled=False):
