@@ -14,7 +14,7 @@ from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward, sl
 from cactus_ray.bounds.parameters import refuse_computed, refuse_shared
 from cactus_ray.errors import UnsupportedGraphError
 
-_PATCHED = threading.Lock()
+PATCHED = threading.Lock()
 """Held while torch.fx traces, and while modules are called: it replaces ``Module.__call__`` for all threads."""
 
 UNDERSTOOD = (
@@ -35,7 +35,7 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Param
     """
     refuse_computed(module)
     refuse_shared(module)
-    with _PATCHED, in_mode(module, training=True):  # what runs in training must not be lost
+    with PATCHED, in_mode(module, training=True):  # what runs in training must not be lost
         try:
             traced = _Tracer().trace(module)
         except UnsupportedGraphError:
@@ -43,13 +43,13 @@ def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Param
         except Exception as error:
             raise UnsupportedGraphError(
                 f"{type(module).__name__}.forward cannot be traced ({error}); "
-                "expected a forward whose operators do not depend on the values or the shapes of its tensors"
+                "expected operators that do not depend on the values of tensors or on the shapes of images"
             ) from error
     builder = _Builder(module, tuple(input_shape))
     for node in traced.nodes:
         builder.add(node)
     graph = Graph(tuple(builder.nodes), tuple(input_shape))
-    with _PATCHED:  # it calls the module
+    with PATCHED:  # it calls the module
         _check(module, graph, builder.params)
     return graph, builder.params
 
@@ -233,15 +233,20 @@ class _Builder:
         return False
 
     def _is_flatten(self, node: fx.Node, target: str) -> bool:
-        """``flatten(1)`` or ``view(x.size(0), -1)``."""
+        """``flatten(1)``, or ``view`` and ``reshape`` to [batch size or -1, all values of a sample or -1]."""
         if target == "flatten":
             return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
-        if target not in ("view", "reshape"):
+        if target not in ("view", "reshape") or node.kwargs:
             return False
         rest = node.args[1:]
-        if len(rest) != 2 or not isinstance(rest[0], fx.Node):
+        if len(rest) == 1 and isinstance(rest[0], tuple | list):
+            rest = tuple(rest[0])
+        if len(rest) != 2:
             return False
-        return rest[0].name in self.batch_sizes and isinstance(rest[1], int) and rest[1] == -1
+        first, values = rest[0], self.values[self._input(node)][0].numel()
+        if isinstance(first, fx.Node) and first.name in self.batch_sizes:
+            return bool(rest[1] in (-1, values))
+        return bool(first == -1 and rest[1] == values)
 
 
 _POOL_ARGUMENTS = {

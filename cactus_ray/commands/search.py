@@ -110,26 +110,29 @@ def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
     data.refuse_outside(space.threat.domain)
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
     example = example_configuration(space)
-    untrained = _untrained(example, data, options)
+    models = {example.model: _untrained(example, data, options)}
     if options.from_scratch or not (options.run / "trials.jsonl").exists():
-        _refuse_untrainable(space, data, lambda run: _untrained(run, data, options))
-    print_remarks(untrained, example, replaced=options.driver.init is not None)
-    return data, untrained.network
+        _refuse_untrainable(space, data, models, lambda run: _untrained(run, data, options))
+    for untrained in models.values():
+        print_remarks(untrained, example.train, replaced=options.driver.init is not None)
+    return data, models[example.model].network
 
 
 _EXTREMES = {"train.batch_size": min, "train.crop_padding": max, "compression_set.member_fraction": min}
 _ALL = ("model.name", "model.factory", "model.batch_norm", "method", "certified_loss", "tail_layers")
 
 
-def _refuse_untrainable(space: Space, data: DataSet, make: Callable[[RunConfig], Untrained]) -> None:
+def _refuse_untrainable(
+    space: Space, data: DataSet, models: dict[ModelConfig, Untrained], make: Callable[[RunConfig], Untrained]
+) -> None:
     """Raise ConfigError for what can be drawn and no trial could train: whatever fits no network, tried at its ends.
 
+    ``models``: networks that are there already; those that ``make`` gives are added.
     What depends on conditions on other parameters than these may still fail at the draw.
     """
     ends = {p.name: p.domain.ends() for p in space.parameters}
     first = {name: _EXTREMES[name](e) if name in _EXTREMES else e[0] for name, e in ends.items()}
     images, workers = len(data.labels["train"]), space.resources.workers
-    models: dict[ModelConfig, Untrained] = {}
     seen = set()
     names = [name for name in _ALL if name in ends]
     for values in itertools.product(*(ends[name] for name in names)):

@@ -125,7 +125,7 @@ def train(
     torch.set_num_threads(training.threads)
     if config.model.factory is not None:
         untrained = checked(config, data.input_shape, data.classes, trust_code=trust_code)
-        print_remarks(untrained, config, replaced=start is not None)
+        print_remarks(untrained, config.train, replaced=start is not None)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json) as progress:
         task = progress.add_task("epochs", total=config.train.epochs)

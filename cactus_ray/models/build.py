@@ -13,7 +13,7 @@ from cactus_ray.bounds.graph import trainable
 from cactus_ray.bounds.parameters import refuse_computed
 from cactus_ray.bounds.trace import trace
 from cactus_ray.config import ModelConfig, RunConfig
-from cactus_ray.errors import UserError
+from cactus_ray.errors import UnsupportedGraphError, UserError
 from cactus_ray.models import own
 from cactus_ray.models.architectures import ARCHITECTURES, Normalization
 from cactus_ray.models.network import Network
@@ -110,11 +110,14 @@ def untrained(
     path = config.model.factory
     if path is None:
         return Untrained(Network(*trace(module, input_shape), config, class_names))
-    refuse_computed(module)
-    own.refuse_lost(module, path)
-    module = own.float32_on_cpu(module, path)
-    own.try_out(module, path, input_shape, classes)
-    graph, params = trace(module, input_shape)
+    try:
+        refuse_computed(module)  # first, because some are computed by hooks
+        own.refuse_lost(module, path)
+        module = own.float32_on_cpu(module, path)
+        own.try_out(module, path, input_shape, classes)
+        graph, params = trace(module, input_shape)
+    except UnsupportedGraphError as error:
+        raise UnsupportedGraphError(f"model.factory: {path}: {error}") from error
     weights = [f"{node.name}.weight" for node in graph.weighted()]
     fixed = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     given = frozenset(name for name in weights if own.digest(params[name]) not in drawn)

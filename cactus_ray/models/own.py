@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from cactus_ray.bounds.trace import in_mode
+from cactus_ray.bounds.trace import PATCHED, in_mode
 from cactus_ray.errors import ConfigError, UserError
 
 Factory = Callable[..., Any]
@@ -60,7 +60,7 @@ def made(
         with _torch_as_it_was(), _seeded(seed), _drawn_by_torch() as drawn:
             module = make(input_shape, classes)
             if isinstance(module, nn.Module) and any(isinstance(m, LazyModuleMixin) for m in module.modules()):
-                with torch.no_grad(), in_mode(module, training=False):
+                with torch.no_grad(), PATCHED, in_mode(module, training=False):
                     module(torch.zeros(2, *input_shape))
     except Exception as error:  # the user's function may raise anything; the cause keeps its traceback
         raise UserError(
@@ -79,13 +79,13 @@ def digest(weight: Tensor) -> str:
 
 def float32_on_cpu(module: nn.Module, path: str) -> nn.Module:
     """The module as training takes it. Raises UserError for parameters that have no values or are no real numbers."""
+    wanted = "expected real numbers, which are trained in float32"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        wanted = "expected real numbers, which are trained in float32"
         if is_lazy(tensor) or tensor.is_meta:
             raise UserError(f"model.factory: {path}: {name!r} has no values; {wanted}")
         if tensor.is_complex():
             raise UserError(f"model.factory: {path}: {name!r} is {tensor.dtype}; {wanted}")
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(tensor.detach().isfinite().all()):
             raise UserError(f"model.factory: {path}: {name!r} holds NaN or infinite values; {wanted}")
     return module.to("cpu", torch.float32)
 
@@ -131,7 +131,7 @@ def refuse_lost(module: nn.Module, path: str) -> None:
 def try_out(module: nn.Module, path: str, input_shape: tuple[int, ...], classes: int) -> None:
     """Raise UserError for a network of the wrong shape; leaves batch-norm statistics alone."""
     try:
-        with torch.no_grad(), in_mode(module, training=False):
+        with torch.no_grad(), PATCHED, in_mode(module, training=False):
             logits = module(torch.zeros(2, *input_shape))
     except Exception as error:  # the user's forward may raise anything; the cause keeps its traceback
         raise UserError(
@@ -180,8 +180,9 @@ def _drawn_by_torch() -> Iterator[set[str]]:
     def recording(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def reset_parameters(layer: Any) -> None:
             original(layer)
-            if not is_lazy(layer.weight) and not layer.weight.is_meta:
-                found.add(digest(layer.weight))
+            weight = layer.weight
+            if not is_lazy(weight) and not weight.is_meta and weight.is_floating_point():
+                found.add(digest(weight))
 
         return reset_parameters
 
