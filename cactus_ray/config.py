@@ -101,7 +101,11 @@ class TrainConfig:
         0.02, doc="fraction with epsilon 0 and standard weight 1", minimum=0.0, exclusive_maximum=1.0
     )
     ramp: float = setting(0.3, doc="fraction over which epsilon and the standard weight move", minimum=0.0, maximum=1.0)
-    initialization: str = setting("ibp", doc="ibp: Shi et al. 2021; default: torch's own", choices=("ibp", "default"))
+    initialization: str = setting(
+        "ibp",
+        doc="ibp: Shi et al. 2021, of weights that torch draws; default: as they are made",
+        choices=("ibp", "default"),
+    )
     regularizer: float = setting(0.0, doc="weight of Shi et al.'s ramp regularisers", minimum=0.0)
     keep: str = setting("last", doc="checkpoint that is verified", choices=("last", "best"))
     crop_padding: int | None = setting(

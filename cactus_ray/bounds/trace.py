@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cactus_ray.bounds.graph import Graph, Node, Params, apply_node, forward, slope_of
+from cactus_ray.bounds.parameters import refuse_computed, refuse_shared
 from cactus_ray.errors import UnsupportedGraphError
 
-_PATCHED = threading.Lock()
+PATCHED = threading.Lock()
 """Held while torch.fx traces, and while modules are called: it replaces ``Module.__call__`` for all threads."""
+
+UNDERSTOOD = (
+    "Linear, Conv2d, BatchNorm1d, BatchNorm2d, ReLU, LeakyReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten, "
+    "Identity, the sum of two branches, and Normalize of cactus_ray.models (a factor and a summand per channel)"
+)
+"""What a network may be made of, in the words of an error."""
+_TRAINING_ONLY = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "dropout")
 
 
 def trace(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, Params]:
     """Graph and tensors (detached copies) of a module whose forward is static.
 
-    Understood: Linear, Conv2d, BatchNorm1d/2d, ReLU, LeakyReLU (slope in [0, 1]), MaxPool2d, AvgPool2d,
-    AdaptiveAvgPool2d (to a divisor of its input), Flatten, Identity, addition of two branches, and modules with tensors
-    ``scale`` and ``shift`` that say ``is_scale_shift = True`` (input normalisation). Raises UnsupportedGraphError that
-    names anything else.
+    Understood: ``UNDERSTOOD``, with slopes of LeakyReLU in [0, 1], adaptive pooling to a divisor of its input, and any
+    module with tensors ``scale`` and ``shift`` that says ``is_scale_shift = True`` as ``Normalize`` does. The module
+    is read as it is in training mode, and left in the mode that it was in. Raises UnsupportedGraphError that names
+    anything else, a weight that is computed from other tensors, and one that belongs to two layers.
     """
-    try:
-        with _PATCHED:
+    refuse_computed(module)
+    refuse_shared(module)
+    with PATCHED, in_mode(module, training=True):  # what runs in training must not be lost
+        try:
             traced = _Tracer().trace(module)
-    except UnsupportedGraphError:
-        raise
-    except Exception as error:
-        raise UnsupportedGraphError(
-            f"{type(module).__name__}.forward cannot be traced ({error}); it must not depend on the values of tensors"
-        ) from error
+        except UnsupportedGraphError:
+            raise
+        except Exception as error:
+            raise UnsupportedGraphError(
+                f"{type(module).__name__}.forward cannot be traced ({error}); "
+                "expected operators that do not depend on the values of tensors or on the shapes of images"
+            ) from error
     builder = _Builder(module, tuple(input_shape))
     for node in traced.nodes:
         builder.add(node)
     graph = Graph(tuple(builder.nodes), tuple(input_shape))
-    with _PATCHED:  # it calls the module
+    with PATCHED:  # it calls the module
         _check(module, graph, builder.params)
     return graph, builder.params
+
+
+@contextlib.contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every part of ``module`` in training mode, or in evaluation mode, inside the block; each as it was after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _not_understood(what: str, kind: str = "") -> str:
+    dropped = "; certified training has no dropout: leave it out" if kind in _TRAINING_ONLY else ""
+    return f"{what} is not understood{dropped}; expected {UNDERSTOOD}"
 
 
 class _Tracer(fx.Tracer):
@@ -75,7 +105,7 @@ class _Builder:
                 if not isinstance(last, fx.Node) or self.alias[last.name] != self.nodes[-1].name:
                     raise UnsupportedGraphError("the network must return exactly one tensor, its logits")
             case _:
-                raise UnsupportedGraphError(f"{node.op} {node.target!r}: free tensors are not understood")
+                raise UnsupportedGraphError(_not_understood(f"tensor {node.target!r} that forward uses by itself"))
 
     def _append(self, source: fx.Node, node: Node) -> None:
         if any(n.name == node.name for n in self.nodes):
@@ -91,7 +121,10 @@ class _Builder:
     def _input(self, node: fx.Node, position: int = 0) -> str:
         argument = node.args[position]
         if not isinstance(argument, fx.Node):
-            raise UnsupportedGraphError(f"{node.target!r} with the constant {argument!r}")
+            target = getattr(node.target, "__name__", node.target)
+            raise UnsupportedGraphError(
+                _not_understood(f"{target} (node {node.name!r}) with the constant {argument!r}")
+            )
         return self.alias[argument.name]
 
     def _module(self, node: fx.Node, module: nn.Module) -> None:
@@ -140,10 +173,10 @@ class _Builder:
             case _ if getattr(module, "is_scale_shift", False):
                 op = "scale_shift"
             case _:
-                raise UnsupportedGraphError(f"module {kind} ({name!r}) is not understood")
+                raise UnsupportedGraphError(_not_understood(f"module {kind} ({name!r})", kind))
         for key, tensor in list(module.named_parameters()) + list(module.named_buffers()):
             if key != "num_batches_tracked":
-                self.params[f"{name}.{key}"] = tensor.detach().clone()
+                self.params[f"{name}.{key}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._append(node, Node(name, op, inputs, attributes))
 
     def _call(self, node: fx.Node) -> None:
@@ -164,7 +197,7 @@ class _Builder:
         elif target in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"):
             self._functional_pool(node, target)
         else:
-            raise UnsupportedGraphError(f"function {target!r} (node {node.name!r}) is not understood")
+            raise UnsupportedGraphError(_not_understood(f"function {target!r} (node {node.name!r})", target))
 
     def _functional_pool(self, node: fx.Node, target: str) -> None:
         inputs = (self._input(node),)
@@ -200,15 +233,20 @@ class _Builder:
         return False
 
     def _is_flatten(self, node: fx.Node, target: str) -> bool:
-        """``flatten(1)`` or ``view(x.size(0), -1)``."""
+        """``flatten(1)``, or ``view`` and ``reshape`` to [batch size or -1, all values of a sample or -1]."""
         if target == "flatten":
             return (*node.args[1:], *node.kwargs.values()) in ((1,), (1, -1))
-        if target not in ("view", "reshape"):
+        if target not in ("view", "reshape") or node.kwargs:
             return False
         rest = node.args[1:]
-        if len(rest) != 2 or not isinstance(rest[0], fx.Node):
+        if len(rest) == 1 and isinstance(rest[0], tuple | list):
+            rest = tuple(rest[0])
+        if len(rest) != 2:
             return False
-        return rest[0].name in self.batch_sizes and isinstance(rest[1], int) and rest[1] == -1
+        first, values = rest[0], self.values[self._input(node)][0].numel()
+        if isinstance(first, fx.Node) and first.name in self.batch_sizes:
+            return bool(rest[1] in (-1, values))
+        return bool(first == -1 and rest[1] == values)
 
 
 _POOL_ARGUMENTS = {
@@ -226,14 +264,14 @@ def _check(module: nn.Module, graph: Graph, params: Params) -> None:
     like = next((t for t in params.values() if t.is_floating_point()), torch.zeros(()))
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, *graph.input_shape, generator=generator, dtype=torch.float64).to(like)
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            wanted, found = module(x), forward(graph, params, x)
-    finally:
-        for part, mode in modes:
-            part.training = mode
+    with torch.no_grad(), in_mode(module, training=False):
+        wanted, found = module(x), forward(graph, params, x)
+    if not isinstance(wanted, Tensor) or wanted.shape != found.shape:
+        returned = list(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
+        raise UnsupportedGraphError(
+            f"{type(module).__name__} returns {returned} in evaluation and {list(found.shape)} in training; "
+            "expected the same, for forward must not depend on self.training"
+        )
     if not torch.allclose(wanted, found, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise UnsupportedGraphError(
             f"{type(module).__name__} computes something else in evaluation than its traced operators (difference "

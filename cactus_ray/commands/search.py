@@ -15,14 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cactus_ray.bounds.graph import Graph
 from cactus_ray.cluster.driver import DriverOptions, run_study
 from cactus_ray.commands.estimate import estimate, print_estimate, refuse_full_disk
 from cactus_ray.commands.folder import opened, refuse_other_init, write_space
+from cactus_ray.commands.remarks import print_remarks
 from cactus_ray.config import ModelConfig, RunConfig
 from cactus_ray.data import DataSet, load, subset
 from cactus_ray.errors import UserError
-from cactus_ray.models import create
+from cactus_ray.models import Untrained, checked
 from cactus_ray.models.network import Network, pack
 from cactus_ray.models.network import load as load_network
 from cactus_ray.report.page import write_page
@@ -77,7 +77,7 @@ def search(space: Space, options: SearchOptions) -> Records:
         with StudyProgress(space, records, enabled=options.progress) as progress:
             study = Study(
                 space, store, records, samples, [progress.event, upkeep.event, replaced.event],
-                epoch_costs(example, lambda run: _untrained(run, data, options)), fresh,
+                epoch_costs(example, lambda run: _untrained(run, data, options).network), fresh,
             )  # fmt: skip
             write_space(space, store.path / "space.yaml")
             if not records.study:
@@ -100,8 +100,8 @@ def search(space: Space, options: SearchOptions) -> Records:
         return records
 
 
-def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Network:
-    return create(run, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
+def _untrained(run: RunConfig, data: DataSet, options: SearchOptions) -> Untrained:
+    return checked(run, data.input_shape, data.classes, data.class_names, options.driver.trust_code)
 
 
 def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
@@ -109,36 +109,42 @@ def prepared(space: Space, options: SearchOptions) -> tuple[DataSet, Network]:
     data = load(space.data, ("train", "selection"))
     data.refuse_outside(space.threat.domain)
     # A network that cannot be bounded, or code that is not trusted, is refused before anything starts.
-    untrained = _untrained(example_configuration(space), data, options)
+    example = example_configuration(space)
+    models = {example.model: _untrained(example, data, options)}
     if options.from_scratch or not (options.run / "trials.jsonl").exists():
-        _refuse_untrainable(space, data, lambda run: _untrained(run, data, options).graph)
-    return data, untrained
+        _refuse_untrainable(space, data, models, lambda run: _untrained(run, data, options))
+    for untrained in models.values():
+        print_remarks(untrained, example.train, replaced=options.driver.init is not None)
+    return data, models[example.model].network
 
 
 _EXTREMES = {"train.batch_size": min, "train.crop_padding": max, "compression_set.member_fraction": min}
-_ALL = ("model.name", "model.batch_norm", "method", "certified_loss", "tail_layers")
+_ALL = ("model.name", "model.factory", "model.batch_norm", "method", "certified_loss", "tail_layers")
 
 
-def _refuse_untrainable(space: Space, data: DataSet, graph_of: Callable[[RunConfig], Graph]) -> None:
+def _refuse_untrainable(
+    space: Space, data: DataSet, models: dict[ModelConfig, Untrained], make: Callable[[RunConfig], Untrained]
+) -> None:
     """Raise ConfigError for what can be drawn and no trial could train: whatever fits no network, tried at its ends.
 
+    ``models``: networks that are there already; those that ``make`` gives are added.
     What depends on conditions on other parameters than these may still fail at the draw.
     """
     ends = {p.name: p.domain.ends() for p in space.parameters}
     first = {name: _EXTREMES[name](e) if name in _EXTREMES else e[0] for name, e in ends.items()}
     images, workers = len(data.labels["train"]), space.resources.workers
-    graphs: dict[ModelConfig, Graph] = {}
     seen = set()
     names = [name for name in _ALL if name in ends]
     for values in itertools.product(*(ends[name] for name in names)):
         run = space.configuration(first | dict(zip(names, values, strict=True)), 1)
         fraction = None if run.compression_set is None else run.compression_set.member_fraction
-        case = (run.model, run.tail_layers, run.train.batch_size, run.train.crop_padding, fraction)
+        case = (run.model, run.method, run.tail_layers, run.train.batch_size, run.train.crop_padding, fraction)
         if case not in seen:
             seen.add(case)
-            if run.model not in graphs:
-                graphs[run.model] = graph_of(run)
-            check_trainable(run, graphs[run.model], min(run.train.batch_size, images) // workers)
+            if run.model not in models:
+                models[run.model] = make(run)
+            model = models[run.model]
+            check_trainable(run, model.network.graph, min(run.train.batch_size, images) // workers, model.frozen)
 
 
 def dry_run(console: Console, space: Space, options: SearchOptions, *, as_json: bool) -> None:

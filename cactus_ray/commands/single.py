@@ -19,6 +19,7 @@ from rich.table import Table
 
 from cactus_ray.commands.families import FamilyOptions
 from cactus_ray.commands.pick import stages
+from cactus_ray.commands.remarks import print_remarks
 from cactus_ray.commands.report import space_of
 from cactus_ray.commands.results import Results, open_results
 from cactus_ray.commands.samples import Job, print_radii, radius_rows, summary_row
@@ -29,6 +30,7 @@ from cactus_ray.data import load
 from cactus_ray.deploy.document import versions
 from cactus_ray.deploy.members import words
 from cactus_ray.errors import ConfigError, RunFailedError, UserError
+from cactus_ray.models import checked
 from cactus_ray.models.network import load as load_network
 from cactus_ray.models.network import pack, save
 from cactus_ray.outputs import try_files, unwritable
@@ -121,6 +123,9 @@ def train(
     data = load(config.data, ("train", "selection"))
     data.refuse_outside(config.threat.domain)
     torch.set_num_threads(training.threads)
+    if config.model.factory is not None:
+        untrained = checked(config, data.input_shape, data.classes, trust_code=trust_code)
+        print_remarks(untrained, config.train, replaced=start is not None)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=as_json) as progress:
         task = progress.add_task("epochs", total=config.train.epochs)

@@ -192,7 +192,7 @@ def update(run: Run, step: Step, learning_rate: float, seen: Tensor) -> None:
     """Gradient of the step's loss, clipped, and one move of the optimiser. Writes loss and norm into ``seen`` [2]."""
     train = run.config.train
     leaves = run.leaves()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.clear_gradients()
     step.passes.begin()
     total = torch.zeros((), device=seen.device)
     for loss in METHODS[run.config.method](step):

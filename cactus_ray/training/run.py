@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +15,14 @@ from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.config import RunConfig
 from cactus_ray.data import DataSet, calibration
 from cactus_ray.errors import ConfigError, UserError
-from cactus_ray.models import create
+from cactus_ray.models import untrained
 from cactus_ray.models.network import Network
 from cactus_ray.training.average import remeasured
 from cactus_ray.training.compiled import Passes, passes_of
 from cactus_ray.training.evaluate import evenly_spaced
 from cactus_ray.training.init import ibp_initialization
 from cactus_ray.training.losses.tail import tail_of
-from cactus_ray.training.methods import STAGES
+from cactus_ray.training.methods import METHODS, STAGES
 from cactus_ray.training.precision import refuse_on_cpu
 from cactus_ray.training.stages import WHOLE, Span, Stage, begin, prepared, spans
 from cactus_ray.training.state import Moments, State, generator_for, pack_state, unpack_state
@@ -54,6 +56,7 @@ class Run:
     number: int  # of the stage in which the last epoch was
     auxiliary: Params  # the method's own tensors
     passes: Passes
+    frozen: frozenset[str] = frozenset()  # tensors that the user's own network says not to train
     average: Params = field(default_factory=dict)
     averages: int = 0  # networks in the average
     epoch: int = 0
@@ -101,14 +104,22 @@ class Run:
         return self.stage.network(self.config, self.graph, self.params, self.auxiliary)
 
     def leaves(self) -> Params:
-        """What the optimiser of this stage moves, by name."""
-        return {k: v for k, v in (self.params | self.auxiliary).items() if v.requires_grad}
+        """What the optimiser of this stage moves, by name.
+
+        Frozen tensors have gradients, which members and masks may read, and are none of these.
+        """
+        return {k: v for k, v in (self.params | self.auxiliary).items() if v.requires_grad and k not in self.frozen}
+
+    def clear_gradients(self) -> None:
+        """Before a step: of what is trained, and of what is frozen."""
+        for tensor in (*self.params.values(), *self.auxiliary.values()):
+            tensor.grad = None
 
     def enter_next_stage(self) -> None:
         """Its tensors from those of the stage before, and a fresh optimiser over its leaves."""
         self.number += 1
         self.params, self.auxiliary = begin(self.stage, self.config, self.graph, self.params, self.auxiliary)
-        self.optimizer = _optimizer(self.config, self.leaves())
+        self.optimizer = _optimizer(self.config, self.leaves(), self.frozen)
 
 
 def start(
@@ -131,13 +142,15 @@ def start(
                 f"training state: written by the run {saved.config_hash}; expected one of {config.config_hash}, "
                 "the same configuration in everything"
             )
-        graph, params = saved.graph, saved.params
+        graph, params, frozen = saved.graph, saved.params, saved.frozen
     else:
         saved = None
-        graph, params = _first_weights(config, data, init, trust_code)
+        graph, params, frozen = _first_weights(config, data, init, trust_code)
+        if config.model.factory is not None:
+            _check_agreement(config.model.factory, graph, params, frozen, workers, device)
     stages = STAGES.get(config.method, WHOLE)
     number = 0 if saved is None else _number_of(stages, saved.stage)
-    check_trainable(config, graph, min(config.train.batch_size, len(labels)) // workers.size)
+    check_trainable(config, graph, min(config.train.batch_size, len(labels)) // workers.size, frozen)
     params, auxiliary = _on_device(params, device), {} if saved is None else _on_device(saved.auxiliary, device)
     if saved is None:
         params, auxiliary = begin(stages[0], config, graph, params, auxiliary)
@@ -150,12 +163,12 @@ def start(
     refuse_on_cpu(config.train, place)
     home = place if _fits(images, place) else images.device
     run = Run(
-        config, graph, params, _optimizer(config, params | auxiliary), workers, data.class_names,
+        config, graph, params, _optimizer(config, params | auxiliary, frozen), workers, data.class_names,
         images.to(home), labels.to(home), (selection[0], selection[1]),
         {n.name: math.prod(shapes[n.name][1:]) for n in graph.nodes if n.op == "batch_norm"},
         place, calibration(data)[0].to(place) if config.train.average else images[:0].to(place),
         stages, spans(config.stage_shares, config.train.epochs), number, auxiliary,
-        passes_of(config.train, place),
+        passes_of(config.train, place), frozen,
     )  # fmt: skip
     if saved is not None:
         run.epoch, run.best_score, run.history = saved.epoch, saved.best_score, saved.history
@@ -165,8 +178,12 @@ def start(
     return run
 
 
-def check_trainable(config: RunConfig, graph: Graph, images: int) -> None:
-    """Raise ConfigError, before the first step, for what cannot work on ``graph`` with so many images of a batch."""
+def check_trainable(config: RunConfig, graph: Graph, images: int, frozen: frozenset[str] = frozenset()) -> None:
+    """Raise UserError, before the first step, for what cannot work on ``graph`` with so many images of a batch.
+
+    ``frozen``: names of tensors that must stay as they are.
+    """
+    _check_frozen(config, frozen)
     if config.tail_layers is not None:
         tail_of(graph, config.tail_layers)
     padding, side = config.train.crop_padding, min(graph.input_shape[1:], default=None)
@@ -202,15 +219,51 @@ def _fits(images: Tensor, device: torch.device) -> bool:
     return 2 * images.nbytes <= free
 
 
-def _first_weights(config: RunConfig, data: DataSet, init: Network | None, trust_code: bool) -> tuple[Graph, Params]:
-    fresh = create(config, data.input_shape, data.classes, data.class_names, trust_code=trust_code)
+def _check_frozen(config: RunConfig, frozen: frozenset[str]) -> None:
+    """Raise ConfigError for a method that rewrites tensors which must stay as they are."""
+    if not frozen or config.method not in STAGES:
+        return
+    names, others = sorted(frozen), [method for method in METHODS if method not in STAGES]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    raise ConfigError(
+        "method", config.method,
+        f"one of {', '.join(others)}: {config.model.factory} sets requires_grad=False for {names[0]}{more}, and "
+        f"{config.method} rewrites all weights",
+    )  # fmt: skip
+
+
+def _check_agreement(
+    path: str, graph: Graph, params: Params, frozen: frozenset[str], workers: Workers, device: str
+) -> None:
+    """Raise UserError where a factory gave another network to another worker: they would be trained apart."""
+    if workers.size == 1:
+        return
+    digest = hashlib.sha256(json.dumps([graph.to_json(), sorted(frozen)]).encode())
+    for name, tensor in sorted(params.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    mine = int.from_bytes(digest.digest()[:4], "big")  # whole numbers of this size have exact means in float64
+    mean = torch.tensor([float(mine)], dtype=torch.float64, device=device)
+    workers.mean_([mean])
+    if float(mean) != mine:
+        raise UserError(
+            f"model.factory: {path} gives other weights to each of the {workers.size} workers; expected the same, "
+            "from the same files on every node"
+        )
+
+
+def _first_weights(
+    config: RunConfig, data: DataSet, init: Network | None, trust_code: bool
+) -> tuple[Graph, Params, frozenset[str]]:
+    """Graph, first weights, and the names of those that are not trained."""
+    fresh = untrained(config, data.input_shape, data.classes, data.class_names, trust_code=trust_code)
+    graph, params = fresh.network.graph, fresh.network.params
     if init is not None:
-        _check_fit(fresh, init)
-        return fresh.graph, init.params
+        _check_fit(fresh.network, init)
+        return graph, init.params, fresh.frozen
     if config.train.initialization == "default":
-        return fresh.graph, fresh.params
+        return graph, params, fresh.frozen
     generator = generator_for(config.seed, 0, "ibp initialization")
-    return fresh.graph, ibp_initialization(fresh.graph, fresh.params, generator)
+    return graph, ibp_initialization(graph, params, generator, fresh.given | fresh.frozen), fresh.frozen
 
 
 def _check_fit(fresh: Network, init: Network) -> None:
@@ -226,8 +279,8 @@ def _check_fit(fresh: Network, init: Network) -> None:
         raise UserError("initial network: its layers differ from the configured model's; expected the same model")
 
 
-def _optimizer(config: RunConfig, params: Params) -> torch.optim.Optimizer:
-    leaves = [v for v in params.values() if v.requires_grad]
+def _optimizer(config: RunConfig, params: Params, frozen: frozenset[str]) -> torch.optim.Optimizer:
+    leaves = [v for k, v in params.items() if v.requires_grad and k not in frozen]
     options: dict[str, Any] = {
         "lr": config.learning_rate, "weight_decay": config.train.weight_decay, "fused": True,
     }  # fmt: skip
@@ -245,7 +298,7 @@ def save(run: Run) -> bytes:
     kept = {k: {key: t for key, t in values.items() if t is not None} for k, values in moments.items()}
     state = State(
         run.config.config_hash, run.graph, run.epoch, run.params, kept, run.best, run.best_score, run.history,
-        run.average, run.averages, run.stage.name, run.auxiliary,
+        run.average, run.averages, run.stage.name, run.auxiliary, run.frozen,
     )  # fmt: skip
     return pack_state(state)
 

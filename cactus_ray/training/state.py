@@ -29,7 +29,7 @@ class State:
     ``epoch``: epochs done. ``best``/``best_score``: the best network so far, None before the ramp has ended.
     ``history``: the metrics of every epoch. ``config_hash``: of the run that wrote it. ``average``: of the weights of
     ``averages`` networks, empty where nothing is averaged (yet). ``stage``: of the method, in which the last epoch was;
-    ``auxiliary``: the method's own tensors (``stages.Stage``).
+    ``auxiliary``: the method's own tensors (``stages.Stage``). ``frozen``: names of tensors that are not trained.
     """
 
     config_hash: str
@@ -44,6 +44,7 @@ class State:
     averages: int = 0
     stage: str = ""
     auxiliary: Params = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
 
 def pack_state(state: State) -> bytes:
@@ -64,6 +65,7 @@ def pack_state(state: State) -> bytes:
         "history": json.dumps(state.history),
         "averages": str(state.averages),
         "stage": state.stage,
+        "frozen": json.dumps(sorted(state.frozen)),
     }
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in sorted(tensors.items())}
     data: bytes = safetensors.torch.save(plain, metadata=header)
@@ -99,6 +101,7 @@ def unpack_state(data: bytes, source: str = "training state") -> State:
             averages=int(header.get("averages", "0")),
             stage=header.get("stage", ""),
             auxiliary=_under("auxiliary/", tensors),
+            frozen=frozenset(json.loads(header.get("frozen", "[]"))),
         )
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{source}: not a training state written by cactus-ray ({error})") from error

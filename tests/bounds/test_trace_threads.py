@@ -12,7 +12,7 @@ def test_a_module_is_called_only_while_no_other_thread_traces() -> None:
     """What is checked waits for the lock, and so does what is traced."""
     found: list[int] = []
     thread = threading.Thread(target=lambda: found.append(len(trace(nn.Sequential(nn.Linear(2, 2)), (2,))[0].nodes)))
-    with module._PATCHED:
+    with module.PATCHED:
         thread.start()
         thread.join(timeout=0.5)
         assert not found
