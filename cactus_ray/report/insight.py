@@ -1,11 +1,10 @@
-"""Figures that say what a search learnt: objectives over each parameter, whole configurations, where compute went.
+"""Figures that say what a search learnt: objectives over each parameter, where compute went.
 
 Trials whose constraints are not met are drawn apart: they do not count, but they show where the limits lie.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from cactus_ray.search.parameters import Parameter
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
 
-NOT_ASKED = "(not asked)"
 ROW_HEIGHT = 170
 
 
@@ -81,7 +79,7 @@ def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
     for row, parameter in enumerate(parameters, 1):
         axis: dict[str, Any] = {}
         if isinstance(parameter.domain, Choices):
-            order = [_shown(parameter, value) for value in _in_order(parameter.domain)]
+            order = [_shown(parameter, value) for value in in_order(parameter.domain)]
             axis = {"type": "category", "categoryorder": "array", "categoryarray": order}
         axis |= {"type": "log"} if not isinstance(parameter.domain, Choices) and parameter.domain.log else {}
         for column, objective in enumerate(objectives, 1):
@@ -90,26 +88,6 @@ def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
                 title_text=safe(_short(objective)).replace("@", "<br>@"), title_standoff=4, row=row, col=column
             )
     return dressed(figure, 90 + ROW_HEIGHT * len(parameters), top=50, legend="above")
-
-
-def parallel_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
-    """A line per trial through its values and objectives, coloured by the first objective. Dragging along an axis
-    selects; whether constraints are met has an axis of its own."""
-    first = space.objectives[0].metric
-    dimensions = [_dimension(p, [t.values.get(p.name) for t in trials]) for p in varied(space, trials)]
-    dimensions += [
-        {"label": safe(_short(o.metric)), "values": [t.objectives[o.metric] for t in trials]} for o in space.objectives
-    ]
-    if space.constraints:
-        ticks = {"tickvals": [0, 1], "ticktext": ["not met", "met"], "range": [0, 1]}
-        dimensions.append({"label": "constraints", "values": [int(t.met) for t in trials], **ticks})
-    line = {
-        "color": [t.objectives[first] for t in trials], "colorscale": "Viridis", "showscale": True,
-        "colorbar": {"title": {"text": safe(_short(first)), "side": "right"}, "thickness": 10},
-    }  # fmt: skip
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, labelside="bottom"))
-    dressed(figure, 430, top=30)
-    return figure.update_layout(margin={"l": 70, "r": 40, "b": 90})
 
 
 def compute_figure(seconds: Mapping[str, float]) -> go.Figure:
@@ -141,35 +119,10 @@ def compute(records: Records, leading: set[str]) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds > 0}
 
 
-def _dimension(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
-    """An axis of the parallel coordinates. Categories get whole numbers, logarithmic ranges their decimal logarithm;
-    where a trial was not asked for a number, the line runs below the axis."""
-    label, domain = safe(parameter.name), parameter.domain
-    if isinstance(domain, Choices):
-        names = [value_text(list(v) if isinstance(v, tuple) else v) for v in _in_order(domain)]
-        texts = [NOT_ASKED if v is None else value_text(v) for v in values]
-        names += [NOT_ASKED] if NOT_ASKED in texts else []
-        ticks = {"tickvals": list(range(len(names))), "ticktext": [safe(name) for name in names]}
-        return {"label": label, "values": [names.index(text) for text in texts], **ticks}
-    asked = [_scaled(float(v), domain.log) for v in values if v is not None]
-    low, high = min(asked), max(asked)
-    absent = low - 0.15 * ((high - low) or 1.0)
-    numbers = [absent if v is None else _scaled(float(v), domain.log) for v in values]
-    ticks_at = [low, (low + high) / 2, high]
-    texts = [f"{10**tick if domain.log else tick:.3g}" for tick in ticks_at]
-    if None in values:
-        ticks_at, texts = [absent, *ticks_at], [NOT_ASKED, *texts]
-    return {"label": label, "values": numbers, "tickvals": ticks_at, "ticktext": texts}
-
-
-def _in_order(domain: Choices) -> Sequence[Any]:
+def in_order(domain: Choices) -> Sequence[Any]:
     """Choices as an axis shows them: numbers by size, everything else as written."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in domain.values)
     return sorted(domain.values) if numbers else domain.values
-
-
-def _scaled(value: float, log: bool) -> float:
-    return math.log10(value) if log else value
 
 
 def _shown(parameter: Parameter, value: Any) -> Any:
