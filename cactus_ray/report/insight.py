@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from cactus_ray.report.figures import COLOURS, MUTED, dressed, safe
 from cactus_ray.report.tables import value_text
+from cactus_ray.report.ticks import is_share, metric_text, tick_text, tick_values
 from cactus_ray.search.budget import train_seconds
 from cactus_ray.search.domains import Choices
 from cactus_ray.search.objectives import feasible
@@ -21,7 +22,8 @@ from cactus_ray.search.parameters import Parameter
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
 
-ROW_HEIGHT = 170
+# Pixels of the slices: a row with its axis, the part of it that holds ticks and title, and what lies around all rows.
+ROW_HEIGHT, ROW_GAP, ABOVE, BELOW = 160, 62, 36, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,43 +53,37 @@ def varied(space: Space, trials: Sequence[Complete]) -> list[Parameter]:
     return [p for p in space.parameters if len({str(t.values[p.name]) for t in trials if p.name in t.values}) > 1]
 
 
-def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
-    """Every objective (columns) over every parameter that varied (rows), a mark per trial that was asked for it."""
+def slices_figure(space: Space, trials: Sequence[Complete], objective: str) -> go.Figure:
+    """One objective over every parameter that varied, a row each, with a mark per trial in which it is active."""
     parameters = varied(space, trials)
-    objectives = [o.metric for o in space.objectives]
-    figure = make_subplots(len(parameters), len(objectives), vertical_spacing=min(0.08, 0.3 / max(len(parameters), 1)))
+    height = ABOVE + BELOW + ROW_HEIGHT * len(parameters)
+    figure = make_subplots(len(parameters), 1, vertical_spacing=ROW_GAP / (height - ABOVE - BELOW))
     for met, name, colour, symbol in (
         (True, "constraints met" if space.constraints else "trial", COLOURS[0], "circle"),
         (False, "constraints not met", MUTED, "x-thin-open"),
     ):
         shown = False
         for row, parameter in enumerate(parameters, 1):
-            asked = [t for t in trials if parameter.name in t.values and t.met == met]
-            for column, objective in enumerate(objectives, 1):
-                if not asked:
-                    continue
-                figure.add_trace(
-                    go.Scatter(
-                        x=[_shown(parameter, t.values[parameter.name]) for t in asked],
-                        y=[t.objectives[objective] for t in asked], mode="markers", name=name, legendgroup=name,
-                        showlegend=not shown, marker={"color": colour, "symbol": symbol, "size": 7},
-                        text=[safe(t.trial) for t in asked], hovertemplate="%{text}: %{x}, %{y:.4g}<extra></extra>",
-                    ),
-                    row=row, col=column,
-                )  # fmt: skip
-                shown = True
+            active = [t for t in trials if parameter.name in t.values and t.met == met]
+            if not active:
+                continue
+            figure.add_trace(
+                go.Scatter(
+                    x=[_shown(parameter, t.values[parameter.name]) for t in active],
+                    y=[t.objectives[objective] for t in active], mode="markers", name=name, legendgroup=name,
+                    showlegend=bool(space.constraints) and not shown,
+                    marker={"color": colour, "symbol": symbol, "size": 7},
+                    text=[f"{safe(t.trial)}: {safe(metric_text(objective, t.objectives[objective]))}" for t in active],
+                    hovertemplate="%{text} at %{x}<extra></extra>",
+                ),
+                row=row, col=1,
+            )  # fmt: skip
+            shown = True
+    dressed(figure, height, top=ABOVE, legend="above").update_layout(margin_b=BELOW)
     for row, parameter in enumerate(parameters, 1):
-        axis: dict[str, Any] = {}
-        if isinstance(parameter.domain, Choices):
-            order = [_shown(parameter, value) for value in in_order(parameter.domain)]
-            axis = {"type": "category", "categoryorder": "array", "categoryarray": order}
-        axis |= {"type": "log"} if not isinstance(parameter.domain, Choices) and parameter.domain.log else {}
-        for column, objective in enumerate(objectives, 1):
-            figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=column)
-            figure.update_yaxes(
-                title_text=safe(_short(objective)).replace("@", "<br>@"), title_standoff=4, row=row, col=column
-            )
-    return dressed(figure, 90 + ROW_HEIGHT * len(parameters), top=50, legend="above")
+        axis = _axis(parameter, [t.values[parameter.name] for t in trials if parameter.name in t.values])
+        figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=1)
+    return figure.update_yaxes(tickformat=".0%" if is_share(objective) else "~s", nticks=5)
 
 
 def compute_figure(seconds: Mapping[str, float]) -> go.Figure:
@@ -125,9 +121,16 @@ def in_order(domain: Choices) -> Sequence[Any]:
     return sorted(domain.values) if numbers else domain.values
 
 
+def _axis(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
+    """Layout of a parameter's axis: choices in their order, ranges with round values, also on a logarithmic scale."""
+    domain = parameter.domain
+    if isinstance(domain, Choices):
+        order = [_shown(parameter, value) for value in in_order(domain)]
+        return {"type": "category", "categoryorder": "array", "categoryarray": order}
+    ticks = tick_values(float(min(values)), float(max(values)), log=domain.log, whole=domain.integer)
+    axis = {"tickmode": "array", "tickvals": ticks, "ticktext": [tick_text(v) for v in ticks]}
+    return axis | ({"type": "log"} if domain.log else {})
+
+
 def _shown(parameter: Parameter, value: Any) -> Any:
     return safe(value_text(value)) if isinstance(parameter.domain, Choices) else value
-
-
-def _short(metric: str) -> str:
-    return metric.replace("_accuracy", "").replace("_", " ")

@@ -125,7 +125,8 @@ def _charts(
         charts["importances"] = figures.importances_figure({k: v for k, v in importances.items() if v})
     complete = insight.complete_trials(space, records)
     if len(complete) > 1 and insight.varied(space, complete):
-        charts["slices"] = insight.slices_figure(space, complete)
+        for number, objective in enumerate(space.objectives):
+            charts[f"slices-{number}"] = insight.slices_figure(space, complete, objective.metric)
     if seconds := tables.seconds_by_trial(records):
         charts["cost"] = figures.cost_figure(seconds)
         leading = {p["trial"] for p in points if p["on_front"]}

@@ -4,7 +4,7 @@
 // line names its trial and values; a drag along an axis selects, a drag of an axis's name moves it. Texts come from
 // users and are only ever set as text. Places run from 0 (bottom) to 1 (top); null: the parameter is inactive.
 const parallel = (() => {
-  const TOP = 78, HEIGHT = 300, LANE = TOP + HEIGHT + 30, LEFT = 96, RIGHT = 52, SPACING = 104, REACH = 14;
+  const TOP = 78, HEIGHT = 300, LANE = TOP + HEIGHT + 30, LEFT = 84, RIGHT = 52, SPACING = 93, REACH = 14;
   const SHADES = ["#7ad151", "#22a884", "#2a788e", "#414487", "#440154"]; // Viridis without its yellow; the best is dark
   const UNMET = "#9aa5b1";
 
@@ -74,7 +74,7 @@ const parallel = (() => {
     svg(group, "line", { y1: TOP, y2: TOP + HEIGHT });
     for (const [place, text] of axis.ticks) {
       svg(group, "line", { x1: -4, x2: 0, y1: yOf(place), y2: yOf(place) });
-      const shown = text.length > 14 ? `${text.slice(0, 13)}…` : text;
+      const shown = text.length > 12 ? `${text.slice(0, 11)}…` : text;
       const label = svg(group, "text", { x: -7, y: yOf(place), dy: "0.32em", "text-anchor": "end" }, shown);
       if (shown !== text) svg(label, "title", {}, text);
     }
@@ -88,7 +88,7 @@ const parallel = (() => {
     hit.addEventListener("pointerdown", (event) => startBrush(chart, index, hit, event));
     const name = svg(group, "g", { class: "name" });
     svg(name, "title", {}, axis.name);
-    const rows = [...axis.label.map((text) => ["", text]), ...(axis.note ? [["hint", axis.note]] : [])];
+    const rows = [...axis.label.map((text) => ["", text]), ...(axis.hint ? [["hint", axis.hint]] : [])];
     rows.forEach(([kind, text], row) => {
       svg(name, "text", { class: kind, y: TOP - 18 - 14 * (rows.length - 1 - row), "text-anchor": "middle" }, text);
     });
