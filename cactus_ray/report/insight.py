@@ -22,8 +22,8 @@ from cactus_ray.search.parameters import Parameter
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
 
-# Pixels of the slices: a row with its axis, the part of it that holds ticks and title, and what lies around all rows.
-ROW_HEIGHT, ROW_GAP, ABOVE, BELOW = 160, 62, 36, 56
+# Pixels of the slices: a row with its axis, the part of it for ticks and title, the legend above all, the last axis.
+ROW_HEIGHT, ROW_GAP, LEGEND, BELOW = 160, 62, 36, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,9 @@ def varied(space: Space, trials: Sequence[Complete]) -> list[Parameter]:
 def slices_figure(space: Space, trials: Sequence[Complete], objective: str) -> go.Figure:
     """One objective over every parameter that varied, a row each, with a mark per trial in which it is active."""
     parameters = varied(space, trials)
-    height = ABOVE + BELOW + ROW_HEIGHT * len(parameters)
-    figure = make_subplots(len(parameters), 1, vertical_spacing=ROW_GAP / (height - ABOVE - BELOW))
+    above = LEGEND if space.constraints else 8
+    rows = ROW_HEIGHT * len(parameters)
+    figure = make_subplots(len(parameters), 1, vertical_spacing=ROW_GAP / rows)
     for met, name, colour, symbol in (
         (True, "constraints met" if space.constraints else "trial", COLOURS[0], "circle"),
         (False, "constraints not met", MUTED, "x-thin-open"),
@@ -79,7 +80,7 @@ def slices_figure(space: Space, trials: Sequence[Complete], objective: str) -> g
                 row=row, col=1,
             )  # fmt: skip
             shown = True
-    dressed(figure, height, top=ABOVE, legend="above").update_layout(margin_b=BELOW)
+    dressed(figure, above + rows + BELOW, top=above, legend="above").update_layout(margin_b=BELOW)
     for row, parameter in enumerate(parameters, 1):
         axis = _axis(parameter, [t.values[parameter.name] for t in trials if parameter.name in t.values])
         figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=1)

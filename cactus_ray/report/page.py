@@ -62,6 +62,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "facts": _facts(space, records, points),
         "warnings": _warnings(records, points),
         "front_words": _and([_words(column) for column in space.front]),
+        "many_curves": len({p["trial"] for p in points}) > figures.SHOWN_CURVES,
         "rows": tables.point_rows(points),
         "columns": tables.POINT_COLUMNS,
         "again_notes": [f"{note[0].upper()}{note[1:]}." for note in again.again_notes(records, points)],
