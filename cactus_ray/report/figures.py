@@ -108,7 +108,8 @@ def front_figure(points: Sequence[Point], epsilon: float, broken: Set[str] = fro
 
 
 def curves_figure(points: Sequence[Point]) -> go.Figure:
-    """One line per trial through its levels, by size. With many trials, those without a front point start hidden."""
+    """One line per trial through its levels, by size. With more than ``SHOWN_CURVES`` trials, those without a point on
+    the front start hidden and have no entry in the legend, which could not hold them."""
     figure = go.Figure()
     trials: dict[str, list[Point]] = {}
     for point in points:
@@ -122,14 +123,15 @@ def curves_figure(points: Sequence[Point]) -> go.Figure:
             go.Scatter(
                 x=[p["bytes"] for p in levels], y=[p["certified_accuracy"] for p in levels], mode="lines+markers",
                 line={"color": colour, "dash": dash, "width": 2}, marker={"size": 6},
-                visible="legendonly" if hidden else True, name=f"{safe(trial)}{' ★' if trial in leading else ''}",
+                visible="legendonly" if hidden else True, showlegend=not hidden,
+                name=f"{safe(trial)}{' ★' if trial in leading else ''}",
                 meta="front" if trial in leading else None,
                 text=[hover(p) for p in levels], hovertemplate="%{text}<extra></extra>",
             )
         )  # fmt: skip
     figure.update_xaxes(type="log", title_text="bytes of model.onnx (k = 1,000)", tickformat="~s", **_decades(points))
     figure.update_yaxes(title_text="certified accuracy", tickformat=".0%")
-    return dressed(figure, 460 + 10 * (len(trials) // 6))
+    return dressed(figure, 460 + 10 * (sum(bool(t.showlegend) for t in figure.data) // 6))
 
 
 def importances_figure(importances: Mapping[str, Mapping[str, float]]) -> go.Figure:
@@ -180,7 +182,8 @@ def training_figure(histories: Mapping[str, Sequence[Mapping[str, Any]]], metric
                     hovertemplate="epoch %{x}: %{y:.4g}<extra>" + safe(trial) + "</extra>",
                 )
             )  # fmt: skip
-    figure.update_xaxes(title_text="epoch")
+    last = max((e["epoch"] for epochs in histories.values() for e in epochs), default=0)
+    figure.update_xaxes(title_text="epoch", **({"dtick": 1} if last <= 8 else {}))
     if metric.endswith("accuracy"):
         figure.update_yaxes(tickformat=".0%")
     return dressed(figure, 260, legend="none")
@@ -253,6 +256,6 @@ def dressed(figure: go.Figure, height: int, *, top: int = 20, legend: str = "bel
             "font": {"family": FONT, "size": 12, "color": INK},
         },
     )  # fmt: skip
-    figure.update_xaxes(**axis)
+    figure.update_xaxes(title_standoff=8, **axis)
     figure.update_yaxes(**axis)
     return figure

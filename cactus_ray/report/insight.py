@@ -1,11 +1,10 @@
-"""Figures that say what a search learnt: objectives over each parameter, whole configurations, where compute went.
+"""Figures that say what a search learnt: objectives over each parameter, where compute went.
 
 Trials whose constraints are not met are drawn apart: they do not count, but they show where the limits lie.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from plotly.subplots import make_subplots
 
 from cactus_ray.report.figures import COLOURS, MUTED, dressed, safe
 from cactus_ray.report.tables import value_text
+from cactus_ray.report.ticks import is_share, metric_text, tick_text, tick_values
 from cactus_ray.search.budget import train_seconds
 from cactus_ray.search.domains import Choices
 from cactus_ray.search.objectives import feasible
@@ -22,8 +22,8 @@ from cactus_ray.search.parameters import Parameter
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records
 
-NOT_ASKED = "(not asked)"
-ROW_HEIGHT = 170
+# Pixels of the slices: a row with its axis, the part of it for ticks and title, the legend above all, the last axis.
+ROW_HEIGHT, ROW_GAP, LEGEND, BELOW = 160, 62, 36, 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,63 +53,38 @@ def varied(space: Space, trials: Sequence[Complete]) -> list[Parameter]:
     return [p for p in space.parameters if len({str(t.values[p.name]) for t in trials if p.name in t.values}) > 1]
 
 
-def slices_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
-    """Every objective (columns) over every parameter that varied (rows), a mark per trial that was asked for it."""
+def slices_figure(space: Space, trials: Sequence[Complete], objective: str) -> go.Figure:
+    """One objective over every parameter that varied, a row each, with a mark per trial in which it is active."""
     parameters = varied(space, trials)
-    objectives = [o.metric for o in space.objectives]
-    figure = make_subplots(len(parameters), len(objectives), vertical_spacing=min(0.08, 0.3 / max(len(parameters), 1)))
+    above = LEGEND if space.constraints else 8
+    rows = ROW_HEIGHT * len(parameters)
+    figure = make_subplots(len(parameters), 1, vertical_spacing=ROW_GAP / rows)
     for met, name, colour, symbol in (
         (True, "constraints met" if space.constraints else "trial", COLOURS[0], "circle"),
         (False, "constraints not met", MUTED, "x-thin-open"),
     ):
         shown = False
         for row, parameter in enumerate(parameters, 1):
-            asked = [t for t in trials if parameter.name in t.values and t.met == met]
-            for column, objective in enumerate(objectives, 1):
-                if not asked:
-                    continue
-                figure.add_trace(
-                    go.Scatter(
-                        x=[_shown(parameter, t.values[parameter.name]) for t in asked],
-                        y=[t.objectives[objective] for t in asked], mode="markers", name=name, legendgroup=name,
-                        showlegend=not shown, marker={"color": colour, "symbol": symbol, "size": 7},
-                        text=[safe(t.trial) for t in asked], hovertemplate="%{text}: %{x}, %{y:.4g}<extra></extra>",
-                    ),
-                    row=row, col=column,
-                )  # fmt: skip
-                shown = True
+            active = [t for t in trials if parameter.name in t.values and t.met == met]
+            if not active:
+                continue
+            figure.add_trace(
+                go.Scatter(
+                    x=[_shown(parameter, t.values[parameter.name]) for t in active],
+                    y=[t.objectives[objective] for t in active], mode="markers", name=name, legendgroup=name,
+                    showlegend=bool(space.constraints) and not shown,
+                    marker={"color": colour, "symbol": symbol, "size": 7},
+                    text=[f"{safe(t.trial)}: {safe(metric_text(objective, t.objectives[objective]))}" for t in active],
+                    hovertemplate="%{text} at %{x}<extra></extra>",
+                ),
+                row=row, col=1,
+            )  # fmt: skip
+            shown = True
+    dressed(figure, above + rows + BELOW, top=above, legend="above").update_layout(margin_b=BELOW)
     for row, parameter in enumerate(parameters, 1):
-        axis: dict[str, Any] = {}
-        if isinstance(parameter.domain, Choices):
-            order = [_shown(parameter, value) for value in _in_order(parameter.domain)]
-            axis = {"type": "category", "categoryorder": "array", "categoryarray": order}
-        axis |= {"type": "log"} if not isinstance(parameter.domain, Choices) and parameter.domain.log else {}
-        for column, objective in enumerate(objectives, 1):
-            figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=column)
-            figure.update_yaxes(
-                title_text=safe(_short(objective)).replace("@", "<br>@"), title_standoff=4, row=row, col=column
-            )
-    return dressed(figure, 90 + ROW_HEIGHT * len(parameters), top=50, legend="above")
-
-
-def parallel_figure(space: Space, trials: Sequence[Complete]) -> go.Figure:
-    """A line per trial through its values and objectives, coloured by the first objective. Dragging along an axis
-    selects; whether constraints are met has an axis of its own."""
-    first = space.objectives[0].metric
-    dimensions = [_dimension(p, [t.values.get(p.name) for t in trials]) for p in varied(space, trials)]
-    dimensions += [
-        {"label": safe(_short(o.metric)), "values": [t.objectives[o.metric] for t in trials]} for o in space.objectives
-    ]
-    if space.constraints:
-        ticks = {"tickvals": [0, 1], "ticktext": ["not met", "met"], "range": [0, 1]}
-        dimensions.append({"label": "constraints", "values": [int(t.met) for t in trials], **ticks})
-    line = {
-        "color": [t.objectives[first] for t in trials], "colorscale": "Viridis", "showscale": True,
-        "colorbar": {"title": {"text": safe(_short(first)), "side": "right"}, "thickness": 10},
-    }  # fmt: skip
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-20, labelside="bottom"))
-    dressed(figure, 430, top=30)
-    return figure.update_layout(margin={"l": 70, "r": 40, "b": 90})
+        axis = _axis(parameter, [t.values[parameter.name] for t in trials if parameter.name in t.values])
+        figure.update_xaxes(title_text=safe(parameter.name), title_standoff=4, **axis, row=row, col=1)
+    return figure.update_yaxes(tickformat=".0%" if is_share(objective) else "~s", nticks=5)
 
 
 def compute_figure(seconds: Mapping[str, float]) -> go.Figure:
@@ -141,40 +116,22 @@ def compute(records: Records, leading: set[str]) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds > 0}
 
 
-def _dimension(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
-    """An axis of the parallel coordinates. Categories get whole numbers, logarithmic ranges their decimal logarithm;
-    where a trial was not asked for a number, the line runs below the axis."""
-    label, domain = safe(parameter.name), parameter.domain
-    if isinstance(domain, Choices):
-        names = [value_text(list(v) if isinstance(v, tuple) else v) for v in _in_order(domain)]
-        texts = [NOT_ASKED if v is None else value_text(v) for v in values]
-        names += [NOT_ASKED] if NOT_ASKED in texts else []
-        ticks = {"tickvals": list(range(len(names))), "ticktext": [safe(name) for name in names]}
-        return {"label": label, "values": [names.index(text) for text in texts], **ticks}
-    asked = [_scaled(float(v), domain.log) for v in values if v is not None]
-    low, high = min(asked), max(asked)
-    absent = low - 0.15 * ((high - low) or 1.0)
-    numbers = [absent if v is None else _scaled(float(v), domain.log) for v in values]
-    ticks_at = [low, (low + high) / 2, high]
-    texts = [f"{10**tick if domain.log else tick:.3g}" for tick in ticks_at]
-    if None in values:
-        ticks_at, texts = [absent, *ticks_at], [NOT_ASKED, *texts]
-    return {"label": label, "values": numbers, "tickvals": ticks_at, "ticktext": texts}
-
-
-def _in_order(domain: Choices) -> Sequence[Any]:
+def in_order(domain: Choices) -> Sequence[Any]:
     """Choices as an axis shows them: numbers by size, everything else as written."""
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in domain.values)
     return sorted(domain.values) if numbers else domain.values
 
 
-def _scaled(value: float, log: bool) -> float:
-    return math.log10(value) if log else value
+def _axis(parameter: Parameter, values: Sequence[Any]) -> dict[str, Any]:
+    """Layout of a parameter's axis: choices in their order, ranges with round values, also on a logarithmic scale."""
+    domain = parameter.domain
+    if isinstance(domain, Choices):
+        order = [_shown(parameter, value) for value in in_order(domain)]
+        return {"type": "category", "categoryorder": "array", "categoryarray": order}
+    ticks = tick_values(float(min(values)), float(max(values)), log=domain.log, whole=domain.integer)
+    axis = {"tickmode": "array", "tickvals": ticks, "ticktext": [tick_text(v) for v in ticks]}
+    return axis | ({"type": "log"} if domain.log else {})
 
 
 def _shown(parameter: Parameter, value: Any) -> Any:
     return safe(value_text(value)) if isinstance(parameter.domain, Choices) else value
-
-
-def _short(metric: str) -> str:
-    return metric.replace("_accuracy", "").replace("_", " ")

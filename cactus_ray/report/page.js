@@ -64,6 +64,8 @@ if (typeof document !== "undefined") {
   const box = document.getElementById("front-only");
   if (box) filterFront(box, document.getElementById("points"));
   draw(JSON.parse(document.getElementById("figures").textContent));
+  const lines = document.getElementById("parallel-data");
+  if (lines) parallel(document.getElementById("parallel"), JSON.parse(lines.textContent));
   const curves = document.getElementById("curves");
   if (curves) chooseCurves(curves);
   window.addEventListener("beforeprint", () => {

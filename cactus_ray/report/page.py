@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cactus_ray.errors import UserError
-from cactus_ray.report import again, figures, insight, ledger, tables
+from cactus_ray.report import again, figures, insight, ledger, parallel, tables
 from cactus_ray.search.document import dump_yaml
 from cactus_ray.search.importance import evaluator_name, importances
 from cactus_ray.search.pareto import relative_hypervolume
@@ -52,6 +52,7 @@ def render(run: Path, space: Space, records: Records) -> str:
     points = seen_again(records, with_front(records, space.front), space.front)
     importances_, importance_note = _importances(space, records)
     charts = _charts(space, records, points, importances_)
+    lines = _lines(space, records, points)
     seconds = tables.seconds_by_trial(records)
     ledger_columns, ledger_rows = ledger.ledger_table(space, records)
     context = {
@@ -61,6 +62,7 @@ def render(run: Path, space: Space, records: Records) -> str:
         "facts": _facts(space, records, points),
         "warnings": _warnings(records, points),
         "front_words": _and([_words(column) for column in space.front]),
+        "many_curves": len({p["trial"] for p in points}) > figures.SHOWN_CURVES,
         "rows": tables.point_rows(points),
         "columns": tables.POINT_COLUMNS,
         "again_notes": [f"{note[0].upper()}{note[1:]}." for note in again.again_notes(records, points)],
@@ -83,7 +85,11 @@ def render(run: Path, space: Space, records: Records) -> str:
         "figures": script_json({name: json.loads(chart.to_json()) for name, chart in charts.items()}),
         "plotly": Markup(get_plotlyjs()),
         "css": Markup(_asset("page.css")),
-        "js": Markup(_asset("page.js")),
+        "parallel": script_json(lines) if lines else None,
+        "objectives": [_words(o.metric) for o in space.objectives],
+        "cut": lines is not None and len(lines["lines"]) < lines["complete"],
+        "shown_lines": parallel.SHOWN_LINES,
+        "js": Markup(_asset("parallel.js") + _asset("page.js")),
     }
     return _template().render(context)
 
@@ -120,8 +126,8 @@ def _charts(
         charts["importances"] = figures.importances_figure({k: v for k, v in importances.items() if v})
     complete = insight.complete_trials(space, records)
     if len(complete) > 1 and insight.varied(space, complete):
-        charts["slices"] = insight.slices_figure(space, complete)
-        charts["parallel"] = insight.parallel_figure(space, complete)
+        for number, objective in enumerate(space.objectives):
+            charts[f"slices-{number}"] = insight.slices_figure(space, complete, objective.metric)
     if seconds := tables.seconds_by_trial(records):
         charts["cost"] = figures.cost_figure(seconds)
         leading = {p["trial"] for p in points if p["on_front"]}
@@ -131,6 +137,14 @@ def _charts(
         if (figure := figures.training_figure(histories, metric)).data:
             charts[f"training-{metric}"] = figure
     return charts
+
+
+def _lines(space: Space, records: Records, points: Sequence[figures.Point]) -> dict[str, Any] | None:
+    """The parallel coordinates; None where there is nothing to compare."""
+    complete = insight.complete_trials(space, records)
+    if len(complete) < 2 or not insight.varied(space, complete):
+        return None
+    return parallel.parallel_data(space, complete, {p["trial"] for p in points if p["on_front"]})
 
 
 def _importances(space: Space, records: Records) -> tuple[dict[str, dict[str, float]], str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray.report.figures import Point, duration_text, size_text, upper_end
+from cactus_ray.report.ticks import metric_text
 from cactus_ray.search.budget import cpu_seconds, gpu_seconds, train_seconds, training_on_gpus
 from cactus_ray.search.objectives import feasible
 from cactus_ray.search.pareto import knee
@@ -99,12 +100,11 @@ def trial_rows(space: Space, records: Records) -> list[list[Cell]]:
     seconds = seconds_by_trial(records)
     rows = []
     for trial in records.trials.values():
-        values = [trial.metrics.get(o.metric) for o in space.objectives]
         train, verify = seconds.get(trial.id, (None, None))
         rows.append(
             [
                 Cell(trial.id, trial.id, True), Cell(trial.status, trial.status, True),
-                *(_number(v, lambda v: f"{v:.4g}") for v in values),
+                *(_metric(o.metric, trial.metrics.get(o.metric)) for o in space.objectives),
                 *([_met(space, trial)] if space.constraints else []),
                 Cell(str(_epochs(trial)), str(_epochs(trial))),
                 _number(train, lambda v: f"{v:.1f}"), _number(verify, lambda v: f"{v:.1f}"),
@@ -120,6 +120,10 @@ def _met(space: Space, trial: TrialRecord) -> Cell:
     broken = [name for name, violation in feasible(trial.metrics, space.constraints).items() if violation > 0]
     text = f"not met: {'; '.join(broken)}" if broken else "met"
     return Cell(text, text, True)
+
+
+def _metric(name: str, value: float | None) -> Cell:
+    return _number(value, lambda v: metric_text(name, v))
 
 
 def _number(value: float | None, show: Callable[[float], str]) -> Cell:

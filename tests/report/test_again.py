@@ -97,8 +97,8 @@ def test_the_table_has_a_row_per_point_seen_again(run: Path) -> None:
 
 def test_replicates_are_in_no_other_figure_or_number(run: Path) -> None:
     text, elements = read(run / "report.html")
-    figures = elements.script("figures")
-    for name in ("front", "curves", "slices", "parallel"):
+    figures = {**elements.script("figures"), "parallel": elements.script("parallel-data")}
+    for name in ("front", "curves", "slices-0", "slices-1", "parallel"):
         assert f"{LEADER}-s2" not in json.dumps(figures[name])
     assert "4 of 6" in text
     assert "2 of 2 replicates" in text

@@ -88,7 +88,7 @@ def test_hostile_texts_stay_texts(finished: Path) -> None:
     text, elements = read(finished / "report.html")
     assert "<script>alert" not in text
     assert "{{" not in text.replace(get_plotlyjs(), "").replace("{{ 7*7 }}", "")  # the template engine did not run it
-    assert len(elements.named("script")) == 3
+    assert len(elements.named("script")) == 4
     assert any(HOSTILE in data for tag, data in elements.texts if tag == "td")
 
 
@@ -105,6 +105,7 @@ def test_figures_are_drawn_into_places_that_exist(finished: Path) -> None:
     places = {attributes.get("id") for attributes in elements.named("div")}
     assert set(figures) <= places
     assert {"front", "curves", "importances", "cost", "training-loss"} <= set(figures)
+    assert "parallel" in places
     assert "bdata" not in json.dumps(figures)
 
 
