@@ -196,7 +196,6 @@ def main(folder: Path) -> None:
 
     import cactus_ray.commands.single
     import cactus_ray.deploy.recheck  # noqa: F401
-
     from cactus_ray.config import DataConfig
     from cactus_ray.data import load
 
