@@ -503,7 +503,7 @@ def _fail(error: UserError) -> int:
     if "--json" in sys.argv:
         out.print(json.dumps({"error": str(error), "status": code}), highlight=False, soft_wrap=True, markup=False)
     # messages quote files and names of strangers: no terminal escape code may pass
-    message = f"error: {visible(str(error), keep='\n')}"
+    message = visible(f"error: {error}", keep="\n")
     err.print(message, style="red" if err.is_terminal else None, highlight=False, markup=False, soft_wrap=True)
     return int(code)
 

@@ -102,8 +102,8 @@ def check(console: Console, folder: Path, root: Path | None, *, as_json: bool) -
         console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
     if found.ok:
         console.print(
-            f"{visible(str(folder))}: the certificate holds: {found.certified_again} verdicts certified again from the file, "
-            f"{found.replayed} counterexamples replayed, standard accuracy {found.standard_accuracy:.2%}",
+            f"{visible(str(folder))}: the certificate holds: {found.certified_again} verdicts certified again from the "
+            f"file, {found.replayed} counterexamples replayed, standard accuracy {found.standard_accuracy:.2%}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     console.print("Not checked, because the files and the data do not show it:", highlight=False)
