@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cactus_ray import __version__
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.texts import visible
 
 app = typer.Typer(
     name="cactus-ray",
@@ -501,9 +502,9 @@ def _fail(error: UserError) -> int:
     code = getattr(error, "exit_status", 2)
     if "--json" in sys.argv:
         out.print(json.dumps({"error": str(error), "status": code}), highlight=False, soft_wrap=True, markup=False)
-    err.print(
-        f"error: {error}", style="red" if err.is_terminal else None, highlight=False, markup=False, soft_wrap=True
-    )
+    # messages quote files and names of strangers: no terminal escape code may pass
+    message = visible(f"error: {error}", keep="\n")
+    err.print(message, style="red" if err.is_terminal else None, highlight=False, markup=False, soft_wrap=True)
     return int(code)
 
 

@@ -26,7 +26,8 @@ def setting(default: Any = MISSING, *, doc: str, choices: tuple[str | int, ...] 
     """A field with its allowed values.
 
     ``limits``: minimum, maximum, exclusive_minimum, exclusive_maximum; ``word``: text that stands for None;
-    ``fraction``: a number may also be written as text such as 8/255.
+    ``fraction``: a number may also be written as text such as 8/255; ``pattern``: a regular expression that all of a
+    text must match, and ``expected``, the same in words.
     """
     metadata = {"doc": doc, "choices": choices, **limits}
     if isinstance(default, list | dict):
@@ -96,6 +97,8 @@ def convert(hint: Any, value: Any, metadata: Mapping[str, Any], path: str) -> An
         raise ConfigError(path, value, describe(hint, metadata))
     if hint in (int, float) and not _in_range(value, metadata):
         raise ConfigError(path, value, describe(hint, metadata))
+    if hint is str and "pattern" in metadata and not re.fullmatch(metadata["pattern"], value):
+        raise ConfigError(path, value, describe(hint, metadata))
     return value
 
 
@@ -113,6 +116,8 @@ def describe(hint: Any, metadata: Mapping[str, Any]) -> str:
     """What would be right, in words: "a finite number in (0.0, 1.0]" or "one of adam, sgd"."""
     if metadata.get("choices"):
         return f"one of {', '.join(map(str, metadata['choices']))}"
+    if hint is str and "pattern" in metadata:
+        return str(metadata["expected"])
     if hint not in (int, float):
         return {str: "text", bool: "true or false"}.get(hint, str(hint))
     low, high = metadata.get("minimum"), metadata.get("maximum")

@@ -18,6 +18,7 @@ CORE = {
     "options",
     "outputs",
     "parsing",
+    "texts",
 }
 CORE_LIBRARIES = {"torch", "numpy", "scipy", "torchvision", "sklearn", "PIL", "safetensors", "cactus_ray"}
 OPTIONAL = {"verification/lirpa.py": {"auto_LiRPA"}}

@@ -20,6 +20,7 @@ from cactus_ray.deploy.recheck import check as run_check
 from cactus_ray.deploy.requirements import Requirements, option
 from cactus_ray.errors import ConfigError, UserError
 from cactus_ray.search.space import load_space
+from cactus_ray.texts import visible
 from cactus_ray.verification.verdict import VerificationSettings
 
 
@@ -93,14 +94,16 @@ def check(console: Console, folder: Path, root: Path | None, *, as_json: bool) -
     with stages(console, not as_json) as progress:
         found = run_check(folder, root=None if root is None else str(root), progress=progress)
     if as_json:
-        console.print_json(json.dumps(found.to_json()))
+        console.print_json(json.dumps(found.to_json()), ensure_ascii=True)
         return found.ok
     for finding in found.findings:
-        console.print(f"FOUND: {finding}", style="red", highlight=False, markup=False, soft_wrap=True)
+        # findings quote what a stranger wrote
+        text = f"FOUND: {visible(finding)}"
+        console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
     if found.ok:
         console.print(
-            f"{folder}: the certificate holds: {found.certified_again} verdicts certified again from the file, "
-            f"{found.replayed} counterexamples replayed, standard accuracy {found.standard_accuracy:.2%}",
+            f"{visible(str(folder))}: the certificate holds: {found.certified_again} verdicts certified again from the "
+            f"file, {found.replayed} counterexamples replayed, standard accuracy {found.standard_accuracy:.2%}",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     console.print("Not checked, because the files and the data do not show it:", highlight=False)

@@ -15,7 +15,10 @@ from cactus_ray.interchange.read import read_onnx
 from cactus_ray.models.network import Network
 from cactus_ray.models.network import load as load_network
 from cactus_ray.search.evaluate import at_level
+from cactus_ray.texts import visible
 
+LONGEST_LEVEL = 100
+"""Characters of a level that an ONNX file names and that are shown."""
 Files = Iterable[tuple[str, bytes]]
 """Levels and their ONNX files."""
 
@@ -52,7 +55,9 @@ def _of_onnx(path: Path, data: str | None, root: Path | None) -> Deployed:
     name = data or metadata.get("cactus_ray.data")
     if name is None:
         raise UserError("--data: this file does not say what it was trained on; name it, such as --data mnist")
-    level, domain = metadata.get("cactus_ray.level", "as stored"), _domain(path, metadata.get("cactus_ray.domain"))
+    # a stranger's text, of any length, which is shown in tables
+    level = visible(metadata.get("cactus_ray.level", "as stored"))[:LONGEST_LEVEL]
+    domain = _domain(path, metadata.get("cactus_ray.domain"))
     return Deployed(_data(name, root, None), None, domain, [(level, path.read_bytes())])
 
 

@@ -65,7 +65,7 @@ class Replayer:
     """The file in one onnxruntime session, one sample at a time, whatever its input's shape."""
 
     def __init__(self, model: Path, network: OnnxNetwork) -> None:
-        self.session = runtime.session(model.read_bytes(), str(model))
+        self.session = runtime.deployed_session(model.read_bytes(), str(model))
         self.name = self.session.get_inputs()[0].name
         self.source, self.network = str(model), network
 

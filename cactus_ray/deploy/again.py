@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.levels import parse_level
-from cactus_ray.config import ThreatConfig, parse
+from cactus_ray.config import parse
 from cactus_ray.deploy import document as doc
-from cactus_ray.deploy.members import member_objection, refuse_integers, words
+from cactus_ray.deploy import wording
+from cactus_ray.deploy.members import member_objection, refuse_integers
 from cactus_ray.deploy.replay import Logits, objection
 from cactus_ray.errors import ConfigError
 from cactus_ray.verification.cascade import verify
@@ -20,10 +21,6 @@ from cactus_ray.verification.family import verify_family
 from cactus_ray.verification.member import Subject
 from cactus_ray.verification.soundness import SoundnessError
 from cactus_ray.verification.verdict import SampleVerdict, Verdict, VerificationSettings
-
-BOUND_TOLERANCE = 1e-6
-"""How much larger, relative to itself (at least 1), a stated lower bound may be than the recomputed one: machines sum
-in other orders."""
 
 Judge = Callable[[Tensor, Tensor, Sequence[int]], list[SampleVerdict]]
 """Verdicts on images, labels and their indices, of the file or of the family around it."""
@@ -34,13 +31,15 @@ Progress = Callable[[str, int, int], None]
 class Table:
     """One table of verdicts of a certificate and what it is about; ``part``: where it stands, for findings.
 
-    ``objection``: why a row's counterexample is none, or None. ``findings`` collects everything that is wrong.
+    ``objection``: why a row's counterexample is none, or None. ``exceeds``: whether a stated bound is more than what
+    was found again allows. ``findings`` collects everything that is wrong.
     """
 
     part: str
     judge: Judge
     objection: Callable[[doc.Row, Tensor], str | None]
     settings: VerificationSettings
+    exceeds: Callable[[float, float], bool]
     findings: list[str] = field(default_factory=list)
 
     def addressed(self, rows: Sequence[doc.Row], labels: Tensor) -> list[doc.Row]:
@@ -96,7 +95,7 @@ class Table:
         stated, bound = row.lower_bound, again.lower_bound
         if again.verdict != Verdict.CERTIFIED:
             self.find(row, f"CERTIFIED, but the file's weights give {again.verdict} (decided by {again.decided_by})")
-        elif stated is not None and bound is not None and stated > bound + BOUND_TOLERANCE * max(1.0, abs(bound)):
+        elif stated is not None and bound is not None and self.exceeds(stated, bound):
             self.find(row, f"lower bound {stated}, but the file's weights give only {bound}")
 
     def find(self, row: doc.Row, problem: str) -> None:
@@ -105,9 +104,10 @@ class Table:
 
 
 def of_file(
-    graph: Graph, params: Params, run: Logits, threat: ThreatConfig, settings: VerificationSettings
+    graph: Graph, params: Params, run: Logits, document: doc.Document, settings: VerificationSettings
 ) -> Table:  # fmt: skip
     """The verdicts of the file itself."""
+    threat = document.threat
 
     def refuted(row: doc.Row, image: Tensor) -> str | None:
         return objection(run, image, row.label, row.counterexample or (), threat)
@@ -115,7 +115,7 @@ def of_file(
     def judge(images: Tensor, labels: Tensor, indices: Sequence[int]) -> list[SampleVerdict]:
         return verify(graph, params, images, labels, indices, threat, settings)
 
-    return Table("", judge, refuted, settings)
+    return Table("", judge, refuted, settings, wording.of(document).exceeds)
 
 
 def of_family(
@@ -124,7 +124,7 @@ def of_family(
     """The verdicts of the family around the file, with what is wrong in what it is said to be; None without one."""
     if document.family is None:
         return None
-    family, threat = document.family.family, document.threat
+    family, threat, said = document.family.family, document.threat, wording.of(document)
     around = Subject.of(graph, params, family)
 
     def refuted(row: doc.Row, image: Tensor) -> str | None:
@@ -135,9 +135,9 @@ def of_family(
     def judge(images: Tensor, labels: Tensor, indices: Sequence[int]) -> list[SampleVerdict]:
         return [f.sample for f in verify_family(graph, params, images, labels, indices, threat, settings, family)]
 
-    table = Table("family.", judge, refuted, settings)
-    if document.family.members != words(family):
-        table.findings.append(f"family.members: {document.family.members!r}, but family.family means {words(family)!r}")
+    table = Table("family.", judge, refuted, settings, said.exceeds)
+    if document.family.members != (meant := said.words(family)):
+        table.findings.append(f"family.members: {document.family.members!r}, but family.family means {meant!r}")
     try:
         refuse_integers(parse_level(document.network.level, "network.level"), family, "network.level")
     except ConfigError as error:

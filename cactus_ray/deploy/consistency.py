@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cactus_ray.compression.levels import parse_level
+from cactus_ray.deploy import wording
 from cactus_ray.deploy.document import CLEAN, REPLAY, SEARCHED, Document, Row, Summary, figures, measured, summarise
 from cactus_ray.deploy.requirements import unmet
+from cactus_ray.errors import ConfigError
 from cactus_ray.verification.member import KINDS
 from cactus_ray.verification.verdict import BOUNDS, DECIDED_BY, Verdict
 
@@ -21,10 +24,26 @@ def inconsistencies(document: Document) -> list[str]:
     found += _family_problems(document)
     found += _selection_problems(document.provenance.selection)
     found += _requirement_problems(document)
+    found += _name_problems(document)
     low, high = document.threat.domain
     if not low < high:
         found.append(f"threat.domain: [{low}, {high}] is not increasing")
     return found
+
+
+def _name_problems(document: Document) -> list[str]:
+    """A level that is none or is written otherwise than ``pick`` does, and names that the card must not show."""
+    found = [
+        f"network.classes: certificates of version {document.schema_version} cannot show {name!r} in their card;"
+        " expected a plain name (pick it again: later versions show any name)"
+        for name in wording.of(document).unshowable(document)
+    ]
+    level = document.network.level
+    try:
+        meant = str(parse_level(level, "network.level"))
+    except ConfigError as error:
+        return [*found, str(error)]
+    return found if meant == level else [*found, f"network.level: {level!r}; expected it written as {meant!r}"]
 
 
 def _family_problems(document: Document) -> list[str]:

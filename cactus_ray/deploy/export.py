@@ -124,13 +124,14 @@ def pick(
     _same_size(subject.deployed.file, choice.point)
     if settings is None:
         settings = load_space(run / "space.yaml").verification
-    uses = record_use(run / USES, trial.id, level, subject.deployed.file, samples)
     selection = selection_figures(choice.point)
     provenance = doc.Provenance(
         study=records.study.get("name"), trial=trial.id, config_hash=trial.config_hash,
-        commit=records.study.get("commit"), test_split_uses=uses,
-        selection=selection, requirements=requirements,
+        commit=records.study.get("commit"), selection=selection, requirements=requirements,
     )  # fmt: skip
+    subject.refuse_unstatable(provenance)
+    uses = record_use(run / USES, trial.id, level, subject.deployed.file, samples)
+    provenance = replace(provenance, test_split_uses=uses)
     document = _certified(subject, provenance, out, settings, around, samples=samples, progress=progress)
     return PickResult(choice, out, document, selection, document.provenance.not_met or ())
 
@@ -157,10 +158,13 @@ def pick_file(
     network = load_network(file)
     if network.config is None:
         raise UserError(f"{file}: does not say on what and against what it was trained; expected a file of train")
+    level = str(parse_level(level))
     around = None if family is None else family(level)
     subject = _Subject.of(network, network.config, level, root)
+    provenance = doc.Provenance(config_hash=network.config.config_hash)
+    subject.refuse_unstatable(provenance)
     uses = record_use(file.with_suffix(f".{USES}"), None, level, subject.deployed.file, samples)
-    provenance = doc.Provenance(config_hash=network.config.config_hash, test_split_uses=uses)
+    provenance = replace(provenance, test_split_uses=uses)
     document = _certified(
         subject, provenance, out, settings or VerificationSettings(), around, samples=samples, progress=progress
     )
@@ -176,13 +180,23 @@ class _Subject:
     level: str
     deployed: LevelNetwork
     dense_bytes: int
+    classes: tuple[str, ...]
 
     @staticmethod
     def of(network: Network, config: RunConfig, level: str, root: str | None) -> _Subject:
         data = _data(config, root)
         deployed = at_level(network, level, data, config.threat.domain)
         dense = len(at_level(network, "dense", data, config.threat.domain).file)
-        return _Subject(config, data, level, deployed, dense)
+        return _Subject(config, data, level, deployed, dense, network.class_names)
+
+    @property
+    def model(self) -> str:
+        """The architecture, or the factory of the user's own."""
+        return self.config.model.name or str(self.config.model.factory)
+
+    def refuse_unstatable(self, provenance: doc.Provenance) -> None:
+        """Raises ConfigError where its certificate would not pass its own check, before anything is certified."""
+        doc.refuse_unstatable(provenance, self.model, self.level, self.classes)
 
 
 def _certified(
@@ -198,8 +212,7 @@ def _certified(
     if around is not None:
         of_all = certify.certify_file(*asked, samples=samples, progress=progress, family=around)
         whole = certify.family_section(of_all, around)
-    name = config.model.name or str(config.model.factory)
-    document = certify.document(found, name, subject.level, provenance, dense_bytes=subject.dense_bytes)
+    document = certify.document(found, subject.model, subject.level, provenance, dense_bytes=subject.dense_bytes)
     if provenance.requirements is not None:
         not_met = tuple(unmet(doc.measured(document), provenance.requirements))
         document = replace(document, provenance=replace(provenance, not_met=not_met))

@@ -11,14 +11,16 @@ from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.compression.family import Family, outside
 from cactus_ray.compression.levels import Level
 from cactus_ray.compression.materialize import Compressed
-from cactus_ray.compression.quantize import largest_code
 from cactus_ray.compression.stored import Stored, Weight
 from cactus_ray.config import ThreatConfig
 from cactus_ray.deploy.replay import objection, runner
+from cactus_ray.deploy.version_2 import words
 from cactus_ray.errors import ConfigError, UnsupportedGraphError
 from cactus_ray.interchange.write import FileInfo, onnx_bytes
 from cactus_ray.models.fold import fold_batch_norm
 from cactus_ray.verification.member import Member, Subject
+
+__all__ = ["member_file", "member_objection", "refuse_integers", "words"]
 
 
 def member_file(graph: Graph, weights: Params) -> bytes:
@@ -47,24 +49,6 @@ def member_objection(
     if names := outside(around.params, weights, around.radii):
         return f"is of a network that is no member: {', '.join(names)}"
     return objection(run, image, label, values, threat)
-
-
-def words(family: Family) -> str:
-    """What the members of a family are, for people."""
-    steps = "half a quantisation step" if family.radius == "half" else "one quantisation step"
-    level, bits = family.level, family.level.bits or 0
-    parts = "affine" if level.affine else "symmetric", "per tensor" if level.per_tensor else "per output channel"
-    largest = f"(max w - min w) / {2**bits - 1}" if level.affine else f"max|w| / {largest_code(bits)}"
-    zeros = (
-        "; weights that are exactly 0 in the file are 0 in every member, as 0 is a code of the format"
-        if family.zeros == "fixed"
-        else ""
-    )
-    return (
-        f"every network whose convolution and linear weights differ from those of the file by at most {steps} of "
-        f"{family.format} ({', '.join(parts)}; the steps are those of the file's weights, {largest}, and do not change "
-        f"from member to member) and by float32 rounding{zeros}; biases are those of the file"
-    )
 
 
 def refuse_integers(level: Level, family: Family, key: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,13 @@ from cactus_ray.deploy import document as doc
 from cactus_ray.deploy.again import ample_settings, of_family, of_file
 from cactus_ray.deploy.card import render
 from cactus_ray.deploy.consistency import inconsistencies
+from cactus_ray.deploy.labels import network_labels, onnx_labels
 from cactus_ray.deploy.replay import PARITY_TOLERANCE, Logits, answers, margins, parity, runner
 from cactus_ray.deploy.statements import misstatements
 from cactus_ray.errors import UserError
 from cactus_ray.interchange.nodes import INPUT
 from cactus_ray.interchange.read import read_onnx
-from cactus_ray.models.network import load as load_network
+from cactus_ray.models.network import unpack
 
 MODEL, TENSORS, CARD = "model.onnx", "model.safetensors", "card.md"
 PARITY_FACTOR = 8.0
@@ -81,7 +81,6 @@ class _Deployed:
 
     graph: Graph
     params: Params
-    metadata: dict[str, Any]
     run: Logits
 
 
@@ -115,7 +114,7 @@ def check(folder: Path, *, root: str | None = None, progress: Progress | None = 
     findings += misstatements(document, deployed.graph)
     settings = ample_settings(document, findings)
     about = deployed.graph, deployed.params, deployed.run
-    itself, family = of_file(*about, document.threat, settings), of_family(*about, document, settings)
+    itself, family = of_file(*about, document, settings), of_family(*about, document, settings)
     rows = itself.addressed(document.verdicts, labels)
     try:
         accuracy = _accuracy(document, rows, images, labels, deployed, findings)
@@ -181,8 +180,8 @@ def _file(folder: Path, document: doc.Document, findings: list[str]) -> _Deploye
     if len(content) != document.file.bytes:
         findings.append(f"{MODEL}: has {len(content)} bytes, the certificate says {document.file.bytes}")
     try:
-        graph, params, metadata = read_onnx(content)
-        deployed = _Deployed(graph, params, metadata, runner(content))
+        graph, params, _ = read_onnx(content)
+        deployed = _Deployed(graph, params, runner(content))
     except UserError as error:
         findings.append(f"{MODEL}: {error}")
         return None
@@ -192,36 +191,18 @@ def _file(folder: Path, document: doc.Document, findings: list[str]) -> _Deploye
         findings.append(f"network.inputs.name: {document.network.inputs.name!r}; expected {INPUT!r}")
     if document.network.macs is not None and (counted := macs(graph, params)) != document.network.macs:
         findings.append(f"network.macs: {document.network.macs}, but the file needs {counted}")
-    findings += _metadata(document, metadata)
+    findings += [f"{MODEL}: {problem}" for problem in onnx_labels(content, document, graph)]
     findings += _tensors(folder / TENSORS, deployed, document)
     return deployed
-
-
-def _metadata(document: doc.Document, metadata: dict[str, Any]) -> list[str]:
-    """Where the certificate describes another network than the file describes itself."""
-    stated: dict[str, object] = {
-        "cactus_ray.level": document.network.level,
-        "cactus_ray.data": document.data.name,
-        "cactus_ray.class_names": list(document.network.classes),
-        "cactus_ray.domain": list(document.threat.domain),
-        "cactus_ray.input": document.network.inputs.layout,
-    }
-    found = []
-    for key, expected in stated.items():
-        text = metadata.get(key)
-        try:
-            value = json.loads(text) if text is not None and isinstance(expected, list) else text
-        except ValueError:
-            value = text
-        if value != expected:
-            found.append(f"{MODEL}: its metadata {key} is {value!r}; the certificate says {expected!r}")
-    return found
 
 
 def _tensors(path: Path, deployed: _Deployed, document: doc.Document) -> list[str]:
     """Where model.safetensors is not the network of model.onnx, bit by bit, or comes from another configuration."""
     try:
-        network = load_network(path)
+        content = path.read_bytes()
+        network = unpack(content, str(path))
+    except OSError as error:
+        return [f"{TENSORS}: cannot be read ({error.strerror})"]
     except UserError as error:
         return [str(error)]
     if network.graph.to_json() != deployed.graph.to_json():
@@ -230,6 +211,7 @@ def _tensors(path: Path, deployed: _Deployed, document: doc.Document) -> list[st
         return [f"{TENSORS}: holds other tensors than {MODEL}"]
     differing = [k for k, v in deployed.params.items() if not torch.equal(v, network.params[k])]
     found = [f"{TENSORS}: {', '.join(differing)} differ from {MODEL}"] if differing else []
+    found += [f"{TENSORS}: {problem}" for problem in network_labels(network, content, document)]
     stated = document.provenance.config_hash
     if network.config is not None and stated is not None and network.config.config_hash != stated:
         found.append(f"provenance.config_hash: {stated}, but {TENSORS} comes from {network.config.config_hash}")

@@ -28,9 +28,11 @@ PARITY_TOLERANCE = 1e-3
 def runner(file: bytes) -> Logits:
     """The file in one onnxruntime session. Raises UserError, at once or when called, where it cannot run.
 
+    Read a stranger's file first: the reader refuses layers that onnxruntime should not see.
+
     A file whose batch size is fixed to 1 gets its images one by one.
     """
-    session = runtime.session(file)
+    session = runtime.deployed_session(file)
     name = session.get_inputs()[0].name
     single = session.get_inputs()[0].shape[:1] == [1]
 

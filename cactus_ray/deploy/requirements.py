@@ -9,6 +9,7 @@ from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
 from cactus_ray.compression.levels import parse_level
+from cactus_ray.deploy.patterns import MOST, NAMED
 from cactus_ray.errors import ConfigError
 
 PREFERENCES = {
@@ -28,7 +29,7 @@ def parse_size(text: str | int, path: str = "--max-bytes") -> int:
     """Bytes of "40k", "40kB", "1.5M" or "40000"; k = 1,000 bytes. ConfigError for anything else or less than 1 byte."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([kKmMgG]?)[bB]?", str(text).strip())
     size = 0 if match is None else int(Decimal(match[1]) * _UNITS[match[2].lower()])
-    if isinstance(text, bool) or size < 1:
+    if isinstance(text, bool) or not 1 <= size <= MOST:
         raise ConfigError(path, text, "a size of at least 1 byte such as 40k, 40kB, 1.5M or 40000 (k = 1,000 bytes)")
     return size
 
@@ -71,6 +72,8 @@ class Requirements:
                 parse_fraction(value, option(key))
         if self.prefer not in PREFERENCES:
             raise ConfigError("--prefer", self.prefer, f"one of {', '.join(PREFERENCES)}")
+        if self.trial is not None and not re.fullmatch(NAMED["pattern"], self.trial):
+            raise ConfigError("--trial", self.trial, "the name of a trial such as t0007")
         if self.level is not None:
             object.__setattr__(self, "level", str(parse_level(self.level)))
 

@@ -20,6 +20,8 @@ from cactus_ray.interchange.operators import TRANSLATIONS
 
 LARGEST_VALUE = 2**26
 """Elements of any layer's output for one image: a file must not ask for a machine's whole memory."""
+LARGEST_VALUES = 2 * LARGEST_VALUE
+"""Elements of all layers' outputs for one image together."""
 
 _ANY_LAYOUT = {"input", "flatten", "scale_shift", "relu", "leaky_relu", "quantize"}
 _REASONS = {
@@ -49,6 +51,7 @@ class Reader:
         self.codes: dict[str, Node] = {}  # values that are codes, and the quantiser that wrote them
         self.decoded: set[str] = set()  # values that DequantizeLinear made of codes
         self.makers = makers  # by constant: the node of the file that computes it
+        self.elements = 0  # of all values so far
         self.direct = name  # the value that the last node computes, under its own name
         self.readers = Counter(name for node in layers for name in node.input)
 
@@ -67,7 +70,10 @@ class Reader:
         return graph
 
     def add(self, node: onnx.NodeProto) -> None:
-        """Appends what ``node`` does. Raises UnsupportedGraphError, naming it, where we have no such operator."""
+        """Appends what ``node`` does.
+
+        Raises UnsupportedGraphError, naming it, where we have no such operator or it does not fit what it reads.
+        """
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         translate = TRANSLATIONS.get(node.op_type)
         if translate is None:
@@ -78,7 +84,14 @@ class Reader:
             raise UnsupportedGraphError(
                 f"{node.op_type} ({label(node)}) on the codes of {codes[0].name!r}; expected DequantizeLinear before it"
             )
-        translate(self, node, attributes)
+        try:
+            translate(self, node, attributes)
+        except (RuntimeError, IndexError, KeyError, ValueError, TypeError, ArithmeticError) as error:
+            # shapes, or values of attributes, that no layer has
+            reason = " ".join(str(error).split())
+            raise UnsupportedGraphError(
+                f"its layers do not fit together at operator {node.op_type!r} ({label(node)}): {reason}"
+            ) from error
         if codes and node.op_type in CODE_LAYOUT:
             self.codes[node.output[0]] = codes[0]
 
@@ -125,6 +138,12 @@ class Reader:
         if "stride" in ours.attributes:
             self.refuse_large(node, ours, own)
         y = apply_node(ours, own, [self.examples[i] for i in inputs])
+        self.elements += y.numel()
+        if self.elements > LARGEST_VALUES:
+            raise UnsupportedGraphError(
+                f"{node.op_type} ({label(node)}): the layers up to it have {self.elements} outputs for one image; at"
+                f" most {LARGEST_VALUES}"
+            )
         self.examples[name] = y
         self.params.update(own)
         self.nodes.append(ours)
@@ -132,8 +151,7 @@ class Reader:
         self.direct = node.output[0]
 
     def fresh(self, name: str) -> str:
-        taken = {n.name for n in self.nodes}
-        while name in taken:
+        while name in self.examples:  # by name of every node of ours
             name += "_"
         return name
 

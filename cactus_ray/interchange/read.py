@@ -2,39 +2,28 @@
 
 The nodes split in two: those that depend on constants only, which onnxruntime evaluates here exactly as it does when it
 loads the file for deployment, and those that depend on the image, which become our graph. So what is certified is what
-is deployed, however the file encodes its weights.
+is deployed, however the file encodes its weights. What could end or stall the process is refused before (``guard``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from cactus_ray.bounds.graph import Graph, Params
 from cactus_ray.errors import UnsupportedGraphError, UserError
 from cactus_ray.interchange import run
+from cactus_ray.interchange.guard import constant_part, foresee, parse_model, partition
 from cactus_ray.interchange.layers import LARGEST_VALUE, Reader
 from cactus_ray.interchange.layouts import InputLayout, View
 
-# What may compute a constant: plain tensor operators, nothing with a body, a file, a state or randomness.
-CONSTANT_OPERATORS = (
-    "Add", "BitShift", "BitwiseAnd", "BitwiseOr", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "CumSum",
-    "DequantizeLinear", "Div", "Flatten", "Gather", "Identity", "MatMul", "Mod", "Mul", "Neg", "QuantizeLinear",
-    "ReduceSum", "Reshape", "ScatterElements", "Slice", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
-    "Where",
-)  # fmt: skip
-OLDEST_OPSET = 9  # before it, operators broadcast and normalise differently
 READABLE = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8)
-LARGEST_CONSTANT = 2**30
-"""Elements of any constant while it is computed: a small file must not ask for a machine's whole memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +93,11 @@ def read_network(data: bytes | Path) -> OnnxNetwork:
             data = data.read_bytes()
         except OSError as error:
             raise UserError(f"{source}: cannot be read ({error.strerror}); expected an ONNX file") from error
-    model = _parse(data, source)
+    model = parse_model(data, source)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     constants = _initializers(model, source)
     name, shape, dynamic = _input(model, constants, source)
-    fixed, layers = _partition(model.graph, set(constants), source)
+    fixed, layers = partition(model.graph, set(constants), source)
     makers = {name: node for node in fixed for name in node.output}
     wanted = {i for node in layers for i in node.input}
     if any(node.op_type == "QuantizeLinear" for node in layers):  # then codes of weights matter, too
@@ -133,8 +122,6 @@ def read_network(data: bytes | Path) -> OnnxNetwork:
         raise UnsupportedGraphError(f"{source}: {error}") from error
     except UnsupportedGraphError as error:
         raise UnsupportedGraphError(f"{source}: {error}") from error
-    except (RuntimeError, IndexError, KeyError, ValueError, TypeError) as error:  # shapes that do not fit together
-        raise UserError(f"{source}: its layers do not fit together ({error})") from error
     graph = reader.graph(model.graph.output[0].name, source)
     output = tuple(reader.views[model.graph.output[0].name].index.shape)
     return OnnxNetwork(graph, reader.params, metadata, shape, output, order)
@@ -142,40 +129,6 @@ def read_network(data: bytes | Path) -> OnnxNetwork:
 
 def _source(data: bytes | Path) -> str:
     return str(data) if isinstance(data, Path) else "the ONNX file"
-
-
-def _parse(data: bytes, source: str) -> onnx.ModelProto:
-    try:
-        model = onnx.load_model_from_string(data)
-        stored_elsewhere = [t.name for t in _tensors(model) if t.data_location == TensorProto.EXTERNAL]
-        if stored_elsewhere:
-            raise UserError(
-                f"{source}: tensor {stored_elsewhere[0]!r} lies in another file; expected all tensors inside"
-            )
-        onnx.checker.check_model(model)
-    except (DecodeError, onnx.checker.ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not an ONNX file, or a damaged one ({error})") from error
-    domains = {node.domain for node in model.graph.node} - {"", "ai.onnx"}
-    if domains or len(model.functions):
-        raise UnsupportedGraphError(
-            f"{source}: operators outside plain ONNX ({', '.join(sorted(domains)) or 'functions'})"
-        )
-    version = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
-    if version < OLDEST_OPSET:
-        raise UnsupportedGraphError(f"{source}: opset {version}; expected {OLDEST_OPSET} or newer")
-    if len(model.graph.output) != 1:
-        raise UnsupportedGraphError(f"{source}: {len(model.graph.output)} outputs; expected one, the logits")
-    if len(model.graph.sparse_initializer):
-        raise UnsupportedGraphError(f"{source}: sparse initialisers are not understood")
-    return model
-
-
-def _tensors(model: onnx.ModelProto) -> Iterable[TensorProto]:
-    yield from model.graph.initializer
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                yield attribute.t
 
 
 def _initializers(model: onnx.ModelProto, source: str) -> dict[str, Tensor]:
@@ -199,43 +152,13 @@ def _tensor(tensor: TensorProto) -> Tensor:
     return torch.from_numpy(numpy_helper.to_array(tensor).copy())
 
 
-def _partition(
-    graph: onnx.GraphProto, constants: set[str], source: str
-) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
-    """The needed nodes, in order: those that depend on constants only, and those that depend on the image."""
-    fixed, layers = [], []
-    for node in _needed(graph):
-        if all(name in constants or not name for name in node.input):
-            if node.op_type not in CONSTANT_OPERATORS:
-                raise UnsupportedGraphError(f"{source}: operator {node.op_type!r} (node {node.name!r}) on constants")
-            constants.update(node.output)
-            fixed.append(node)
-        else:
-            layers.append(node)
-    return fixed, layers
-
-
-def _needed(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes on which the output depends, in the file's order (which the checker found topological)."""
-    wanted, found = {graph.output[0].name}, []
-    for node in reversed(graph.node):
-        if wanted & set(node.output):
-            wanted.update(node.input)
-            found.append(node)
-    return found[::-1]
-
-
 def _evaluate(model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: set[str], source: str) -> dict[str, Tensor]:
     """Values that onnxruntime computes for the outputs of constant nodes that layers read."""
+    part = constant_part(model, nodes)
+    known = foresee(part, source)
     outputs = [name for node in nodes for name in node.output if name in wanted]
     if not outputs:
         return {}
-    read = {name for node in nodes for name in node.input}
-    part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    part.graph.name = "constants"
-    part.graph.node.extend(nodes)
-    part.graph.initializer.extend(t for t in model.graph.initializer if t.name in read)
-    known = _foresee(part, source)
     for name in outputs:
         part.graph.output.append(helper.make_tensor_value_info(name, known.get(name, TensorProto.FLOAT), None))
     values = run.run(run.session(part.SerializeToString(), source), {}, source)
@@ -243,26 +166,6 @@ def _evaluate(model: onnx.ModelProto, nodes: list[onnx.NodeProto], wanted: set[s
         return {name: torch.from_numpy(value.copy()) for name, value in zip(outputs, values, strict=True)}
     except TypeError as error:
         raise UserError(f"{source}: a constant of a layer has a type that layers cannot read ({error})") from error
-
-
-def _foresee(part: onnx.ModelProto, source: str) -> dict[str, int]:
-    """Element types of all computed constants. Raises UserError where a size is huge or cannot be foreseen."""
-    try:
-        inferred = onnx.shape_inference.infer_shapes(part, strict_mode=True)
-    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, ValueError) as error:
-        raise UserError(f"{source}: its constants do not fit together ({error})") from error
-    found = {}
-    for value in inferred.graph.value_info:
-        dims = value.type.tensor_type.shape.dim
-        if not value.type.tensor_type.HasField("shape") or not all(d.HasField("dim_value") for d in dims):
-            raise UserError(f"{source}: the size of the constant {value.name!r} cannot be foreseen")
-        if (size := math.prod(d.dim_value for d in dims)) > LARGEST_CONSTANT:
-            raise UserError(f"{source}: constant {value.name!r} would have {size} elements; at most {LARGEST_CONSTANT}")
-        found[value.name] = value.type.tensor_type.elem_type
-    for name in (name for node in part.graph.node for name in node.output):
-        if name and name not in found:
-            raise UserError(f"{source}: the size of the constant {name!r} cannot be foreseen")
-    return found
 
 
 def _input(model: onnx.ModelProto, constants: dict[str, Tensor], source: str) -> tuple[str, tuple[int, ...], bool]:

@@ -9,10 +9,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cactus_ray.errors import UserError
+from cactus_ray.interchange.guard import runnable
+
+
+def deployed_session(data: bytes, source: str = "model.onnx") -> onnxruntime.InferenceSession:
+    """A session of a file from anywhere, as ``session``, but of what the guard lets through: see ``guard.runnable``.
+
+    Its layers are not looked at: whoever opens a stranger's file reads it first (``read_onnx``).
+    """
+    return session(runnable(data, source), source)
 
 
 def session(data: bytes, source: str = "model.onnx") -> onnxruntime.InferenceSession:
-    """An onnxruntime session on the CPU with one thread. Raises UserError, naming ``source``, for a broken file."""
+    """An onnxruntime session on the CPU with one thread, of bytes that the guard has seen.
+
+    Raises UserError, naming ``source``, for a broken file.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from cactus_ray.bounds.graph import Graph
 from cactus_ray.bounds.quantizer import input_scales
 from cactus_ray.compression.materialize import Compressed
 from cactus_ray.compression.stored import Factored, Stored, Weight
@@ -76,16 +77,20 @@ def onnx_bytes(compressed: Compressed, info: FileInfo) -> bytes:
 
 
 def _metadata(compressed: Compressed, info: FileInfo) -> dict[str, str]:
-    first = compressed.graph.consumers()[compressed.graph.nodes[0].name]
-    normalised = len(first) == 1 and first[0].op == "scale_shift"
     return {
         "cactus_ray.level": str(compressed.level),
         "cactus_ray.data": info.data_name,
         "cactus_ray.class_names": json.dumps(list(info.class_names)),
         "cactus_ray.input": "NCHW",
         "cactus_ray.domain": json.dumps(list(info.domain)),
-        "cactus_ray.normalization": "inside" if normalised else "none",
+        "cactus_ray.normalization": normalization(compressed.graph),
     }
+
+
+def normalization(graph: Graph) -> str:
+    """Where pixels are normalised, for users of a file: "inside" of the network, or "none"."""
+    first = graph.consumers()[graph.nodes[0].name]
+    return "inside" if len(first) == 1 and first[0].op == "scale_shift" else "none"
 
 
 class Builder:

@@ -59,8 +59,7 @@ def unpack(data: bytes, source: str = "network") -> Network:
     import safetensors.torch
 
     try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        header = metadata(data)
         tensors = safetensors.torch.load(data)
         if header["format"] != FORMAT:
             raise UserError(f"{source}: format {header['format']!r}; expected {FORMAT!r}")
@@ -72,8 +71,28 @@ def unpack(data: bytes, source: str = "network") -> Network:
             tuple(json.loads(header["class_names"])),
             json.loads(header["provenance"]),
         )
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, ConfigError) as error:
+    except (
+        safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, ConfigError
+    ) as error:  # fmt: skip
         raise UserError(f"{source}: not a network file written by cactus-ray ({error})") from error
+
+
+def metadata(data: bytes) -> dict[str, str]:
+    """The texts in the header of a network's file, by key. Raises KeyError or ValueError for another file."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return found
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether the header of a network's file holds nothing but its metadata and tensors, each once.
+
+    Of the rest safetensors sees that it is tensors without a gap.
+    """
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length]
+    plain = json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False).encode()
+    return text.startswith(plain) and text[len(plain) :] == b" " * (-len(plain) % 8)
 
 
 def save(network: Network, path: Path) -> None:

@@ -33,7 +33,7 @@ def test_files_and_document(picked: PickResult, run_folder: Path) -> None:
         "schema_version", "file", "network", "data", "threat", "soundness", "engine", "versions", "summary", "verdicts",
         "provenance",
     ]  # fmt: skip
-    assert plain["schema_version"] == 1
+    assert plain["schema_version"] == 2
     assert plain["soundness"]["arithmetic"] == plain["engine"]["settings"]["arithmetic"] == "float32"
     assert plain["provenance"]["study"] == "tiny"
     assert plain["provenance"]["commit"] == "abc123"
