@@ -82,6 +82,9 @@ def deferred() -> Iterator[None]:
     except SystemExit:
         _note()
         _state.due = True
+    except Exception:
+        if not _state.due:  # else it may well come of the signal, which has reached others, too
+            raise
     finally:
         _state.deferring -= 1
     if _state.due and not _state.deferring:

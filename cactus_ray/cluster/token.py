@@ -104,11 +104,11 @@ def _write(path: Path) -> None:
             file.write(secrets.token_hex(32))  # as Ray makes them
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():  # empty: Ray was killed as it wrote
-            part.replace(path)
-        else:
-            with contextlib.suppress(FileExistsError):
-                os.link(part, path)
+        try:
+            os.link(part, path)
+        except FileExistsError:  # another start was first, or Ray was killed before it wrote
+            if path.stat().st_size == 0:
+                part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
