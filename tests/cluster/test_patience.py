@@ -85,7 +85,7 @@ def sizes(cost: Cost, most: float, stage: str = CHEAP, levels: int = 2) -> list[
     pieces = Pieces(names, tuple(range(100)), 50, 4, dear=True, most=most)
     state = Verification("t0001", pieces, 0.0, cost)
     rows = {index: [index, 0, "UNKNOWN", True, None, "bounds", 0.1] for index in range(100)}
-    state.rows = {name: rows for name in names}  # what the cheap stage left to the dear one
+    state.rows = dict.fromkeys(names, rows)  # what the cheap stage left to the dear one
     found = state._cut(stage, {name: set(range(100)) for name in names}, 50 if stage == CHEAP else 4)
     assert [index for one in found for index in one.indices] == list(range(100))
     each = levels * (cost.cheap if stage == CHEAP else cost.dear)
