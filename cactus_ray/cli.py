@@ -8,15 +8,18 @@ Modules that import torch or Ray are imported by the verb that needs them, so th
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from cactus_ray import __version__
+from cactus_ray import __version__, interrupts
 from cactus_ray.errors import ConfigError, UserError
+from cactus_ray.outputs import local_folder
 from cactus_ray.texts import visible
 
 app = typer.Typer(
@@ -35,6 +38,17 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 out = Console(markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
 
+
+def _folder(option: str) -> Callable[[str | Path], Path]:
+    """Reads the folder that an option names. A parser and not a check afterwards: as a Path, s3://x is s3:/x."""
+
+    def parse(value: str | Path) -> Path:
+        return Path(local_folder(option, str(value)))
+
+    parse.__name__ = "FOLDER"
+    return parse
+
+
 SpaceFile = Annotated[
     Path, typer.Argument(help="YAML search space, such as search_spaces/digits.yaml.", show_default=False)
 ]
@@ -50,7 +64,10 @@ TrustCode = Annotated[bool, typer.Option("--trust-code", help="Import the Python
 Init = Annotated[
     Path | None, typer.Option("--init", help="Start every training from this network file (.safetensors).")
 ]
-Root = Annotated[Path | None, typer.Option(help="Folder of the data set, where it is not inside a package.")]
+Root = Annotated[
+    Path | None,
+    typer.Option(parser=_folder("--root"), help="Folder of the data set, where it is not inside a package."),
+]
 Bound = Annotated[
     str | None, typer.Option("--bound", help="Strongest bound that is tried: ibp, crown, alpha or branch.")
 ]
@@ -120,12 +137,13 @@ def _overrides(pairs: list[str] | None, **options: Any) -> dict[str, str]:
 
 @app.command()
 def search(
+    context: typer.Context,
     space: Annotated[Path | None, typer.Argument(help="YAML search space; or --resume.", show_default=False)] = None,
     resume: Annotated[
         str | None, typer.Option("--resume", metavar="NAME", help="Go on with this run, with the space that it has.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the name in the space.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder that holds runs.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(parser=_folder("--runs"), help="Folder that holds runs.")] = Path("runs"),
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:6379 or ray://HOST:10001.")] = None,
@@ -157,8 +175,14 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Run a study, or go on with it: trials, verdicts, the front, and a report that opens offline."""
+    # first of all, so that an interrupt finds its words: the imports of the rest take seconds
+    from cactus_ray.report.resume import begun_as, go_on, keeps, resume_arguments
+
+    typed = [_program(), *context.obj]
+    if not dry_run:
+        interrupts.say_last(lambda: go_on(typed))
     from cactus_ray.commands.search import dry_run as print_cost
-    from cactus_ray.commands.search import resumed, settings, terminated_as_interrupt
+    from cactus_ray.commands.search import resumed, settings
     from cactus_ray.commands.search import search as run_search
 
     overrides = _overrides(
@@ -184,8 +208,16 @@ def search(
     if dry_run:
         print_cost(out, *options, as_json=as_json)
         return
-    with terminated_as_interrupt():
-        records = run_search(*options)
+    run, before = options[1].run, begun_as(options[1].run) if from_scratch else None
+
+    def last_words() -> str:
+        if begun_as(run) in (None, before) or not keeps(run, options[0]):
+            return go_on(typed)
+        more = {"address": address, "storage": storage, "init": init, "trust_code": trust_code, "json": as_json}
+        return go_on([_program(), *resume_arguments(run, **more)])
+
+    interrupts.say_last(last_words)
+    records = run_search(*options)
     _show_front(options[1].run, records, as_json)
     if not records.points():
         raise typer.Exit(1)
@@ -483,19 +515,30 @@ def bench_train(
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; user errors become one line, faults keep their traceback."""
+    typed = sys.argv[1:] if arguments is None else arguments
+    interrupts.say_last(lambda: "interrupted")
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=typed, standalone_mode=False, obj=typed)
     except typer.Exit as error:
-        return error.exit_code
+        status = error.exit_code
     except UsageError as error:
         error.show()
         return 2
     except UserError as error:
         return _fail(error)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; what is finished is kept", style="yellow")
-        return 130
+        status = interrupts.EXIT_STATUS
+    # typer itself takes a KeyboardInterrupt for this status, or for an Abort, as its version has it
+    if status == interrupts.EXIT_STATUS:
+        words = interrupts.last_words()
+        err.print(words, style="yellow" if err.is_terminal else None, highlight=False, soft_wrap=True)
     return status if isinstance(status, int) else 0
+
+
+def _program() -> str:
+    """How this program was called, as a shell would find it again."""
+    name = Path(sys.argv[0]).name
+    return name if shutil.which(name) == sys.argv[0] else sys.argv[0]
 
 
 def _fail(error: UserError) -> int:
@@ -511,5 +554,6 @@ def _fail(error: UserError) -> int:
 def main() -> None:
     """Entry point of ``cactus-ray``."""
     # As `python -m` does: model.factory names modules of the folder that the user works in (Ray passes this path on).
+    interrupts.install()  # first of all: the imports of a verb take seconds
     sys.path.insert(0, str(Path.cwd()))
     sys.exit(run())

@@ -18,6 +18,7 @@ from cactus_ray.options import CERTIFIED_LOSSES as CERTIFIED_LOSSES
 from cactus_ray.options import METHOD_KEYS, STAGE_SHARES, default_of, loss_of
 from cactus_ray.options import METHODS as METHODS
 from cactus_ray.options import options_of as options_of
+from cactus_ray.outputs import FOLDER, SCHEME
 from cactus_ray.parsing import convert as convert
 from cactus_ray.parsing import describe as describe
 from cactus_ray.parsing import parse as parse
@@ -50,6 +51,10 @@ class DataConfig:
         None, doc="side in pixels to which an image folder is resized", minimum=4, maximum=1024
     )
     train_samples: int | None = setting(None, doc="use only this many training images (fixed subset)", minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.root is not None and SCHEME.match(self.root):
+            raise ConfigError("root", self.root, FOLDER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,23 @@
-"""Where results go, tried before the work that they are results of."""
+"""Where data come from and results go, tried before the work that hangs on it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from cactus_ray.errors import UserError
+
+FOLDER = "a folder that all nodes see, such as /mnt/shared/runs: object stores and URLs are not read or written"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def local_folder(option: str, value: str) -> str:
+    """``value``. Raises UserError, naming ``option``, for an address such as s3://bucket: there is no folder behind."""
+    if SCHEME.match(value):
+        raise UserError(f"{option}: got {value!r}; expected {FOLDER}")
+    return value
 
 
 def try_files(out: Path, *files: Path) -> None:

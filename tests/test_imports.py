@@ -15,6 +15,7 @@ CORE = {
     "data",
     "config",
     "errors",
+    "interrupts",
     "options",
     "outputs",
     "parsing",

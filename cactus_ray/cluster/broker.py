@@ -14,7 +14,11 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from cactus_ray.search.chunks import CHEAP, DEAR, Chunk
+from cactus_ray.verification.cost import CPU_PACE
 
+MARGIN = 3.0
+"""A verifier that takes so many times longer than expected for the cost of its chunk may have hung."""
+SHORT = 0.1
 Key = tuple[int, float, int, int]
 
 
@@ -23,7 +27,8 @@ class Limits:
     """What the broker keeps to. 0 seconds of a trial or study: no limit.
 
     ``tasks``: chunks in the heap; ``network_bytes``: networks whose chunks are in it; ``attempts``: verifiers that a
-    chunk may be lost with; ``hang_seconds``: beyond ``sample_seconds`` for each sample and level of a chunk.
+    chunk may be lost with; ``hang_seconds``: beyond ``sample_seconds`` for each sample and level of a chunk, and what
+    its cost takes at ``pace``, multiply-adds per second that a verifier does at least.
     """
 
     tasks: int = 4096
@@ -31,6 +36,7 @@ class Limits:
     attempts: int = 3
     hang_seconds: float = 1800.0
     sample_seconds: float = 0.0
+    pace: float = CPU_PACE
     trial_seconds: float = 0.0
     study_seconds: float = 0.0
 
@@ -97,6 +103,7 @@ class Broker:
         self.inside: Counter[str] = Counter()
         self.sizes: dict[str, int] = {}
         self.dropped: set[str] = set()
+        self.slowest: dict[str, float] = {}
         self._order = count()
 
     # --- what comes in
@@ -144,6 +151,7 @@ class Broker:
         """The verifier in ``slot`` has answered after so many seconds of work, and is free again."""
         _, chunk, _ = self.running.pop(slot)
         self.tried.pop(chunk.id, None)
+        self._learn(chunk, seconds)
         self._spend(chunk.trial, seconds)
         return chunk
 
@@ -175,8 +183,21 @@ class Broker:
         return [slot for slot, (_, chunk, since) in self.running.items() if now - since > self._patience(chunk)]
 
     def _patience(self, chunk: Chunk) -> float:
-        pairs = len(chunk.levels) * len(chunk.indices)
-        return self.limits.hang_seconds + 2.0 * self.limits.sample_seconds * pairs
+        """Seconds after which the verifier of a chunk is taken for hung; twice as many each time that it was lost, so
+        that one that was only slow is done in the end."""
+        limits, pairs = self.limits, len(chunk.levels) * len(chunk.indices)
+        expected = chunk.cost * self.slowest.get(chunk.stage, 1.0 / limits.pace)
+        patience = limits.hang_seconds + 2.0 * limits.sample_seconds * pairs + MARGIN * expected
+        return patience * 2.0 ** self.losses[chunk.id]
+
+    def _learn(self, chunk: Chunk, seconds: float) -> None:
+        """Take a chunk as an example of how slow its stage may be, on this machine and for these networks.
+
+        What is short beside ``hang_seconds`` is none: there, overheads count more than multiply-adds.
+        """
+        if chunk.cost > 0 and seconds > SHORT * self.limits.hang_seconds:
+            known = self.slowest.get(chunk.stage, 1.0 / self.limits.pace)
+            self.slowest[chunk.stage] = max(known, seconds / chunk.cost)
 
     # --- inside
 

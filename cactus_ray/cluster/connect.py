@@ -6,11 +6,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import ray
 
+from cactus_ray.cluster.token import close_token, secure_token
 from cactus_ray.errors import RunFailedError, UserError
+from cactus_ray.interrupts import deferred, handled
 
 # Faster starts, cooperative ends and a quiet terminal.
 NAMESPACE = "cactus_ray"
@@ -28,6 +29,8 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "OMP_NUM_THREADS": "1",
 }
+LONGEST = 600
+"""Characters of an error of Ray's that are passed on."""
 
 
 @contextlib.contextmanager
@@ -41,13 +44,18 @@ def connected(
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
-        if address is None:
-            _begin(cpus, gpus)
-        else:
-            _join(address)
+    if address is None:
+        secure_token()
+    else:
+        close_token()
     try:
+        # In the middle of its start Ray cannot be ended in an orderly way, and it puts a SIGTERM handler of its own.
+        with handled(), deferred(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own start-up warns about its defaults of tomorrow
+            if address is None:
+                _begin(cpus, gpus)
+            else:
+                _join(address)
         yield dict(ray.cluster_resources())
     finally:
         ray.shutdown()
@@ -65,13 +73,20 @@ def _begin(cpus: int | None, gpus: int | None) -> None:
         ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
                  log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
     except Exception as error:  # Ray has no class of its own for this
-        if "timed out during startup" not in str(error):
-            raise
+        reason = _line(error)
+        if "timed out during startup" in reason:
+            reason = (
+                f"it was not up within half a minute, as where other work or a lack of memory holds it up: {reason}"
+            )
         raise RunFailedError(
-            "Ray did not start within half a minute, as on a machine that is busy with other work or out of memory; "
-            f"expected it up. What is finished is kept: the same command goes on ({error})"
+            f"Ray did not start; what is finished is kept, the same command goes on ({reason})"
         ) from error
-    _close_token_file()
+
+
+def _line(error: Exception) -> str:
+    """An error of Ray's, of whatever class and however many lines, as a part of one line."""
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {words[:LONGEST]}{' ...' if len(words) > LONGEST else ''}"
 
 
 def _enough_cpus() -> int | None:
@@ -79,19 +94,12 @@ def _enough_cpus() -> int | None:
     return None if (os.cpu_count() or 1) > 1 else 2
 
 
-def _close_token_file() -> None:
-    """Ray writes the token of a local cluster readable by all; whoever reads it may run code as this user."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    with contextlib.suppress(OSError):  # not there, or not ours
-        path.chmod(0o600)
-
-
 def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
                  runtime_env={"env_vars": dict(ENVIRONMENT)})  # fmt: skip
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray's own, gRPC's, Python's
         raise UserError(
             f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto, HOST:6379 or "
-            f"ray://HOST:10001 ({error})"
+            f"ray://HOST:10001 ({_line(error)})"
         ) from error

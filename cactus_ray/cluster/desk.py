@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import threading
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import ray
 
+from cactus_ray import interrupts
 from cactus_ray.cluster.broker import Cut, Job, Lost
 from cactus_ray.cluster.mailbox import Message, sender_of, trial_of
 from cactus_ray.cluster.packing import per_gpu
@@ -90,7 +90,7 @@ class Desk:
         Again until the driver closes this desk: an interrupt that meets Ray inside a callback is lost.
         """
         while not self.closing.is_set():
-            _thread.interrupt_main()
+            interrupts.repeat()
             self.closing.wait(INTERRUPT_SECONDS)
 
     def take_mail(self) -> None:
@@ -139,7 +139,7 @@ class Desk:
         sizes = {"peak": peak, "total": total} if total else {}
         if (looser := self.loosen(gpus)) is None:
             r = self.shares.resources
-            beside = f" beside {r.verifiers} verifier(s) of {r.gpus_per_verifier:g}" if r.gpus_per_verifier else ""
+            beside = f" beside {r.verifiers} verifier(s) of {r.verifier_gpus:g}" if r.verifier_gpus else ""
             used = f" after {peak / 1e9:.3g} of {total / 1e9:.3g} GB" if total else ""
             self.study.failed(
                 trial,
@@ -240,7 +240,7 @@ class Desk:
                     }  # fmt: skip
                     return {
                         "trial": start.id, "run": start.config.to_dict(), "rungs": rungs, "epoch": start.epoch,
-                        "sender": sender, "gpus": shares.resources.gpus_per_worker,
+                        "sender": sender, "gpus": shares.resources.worker_gpus,
                     }  # fmt: skip
                 left = deadline - time.monotonic()
                 if left <= 0 or self.study.training:

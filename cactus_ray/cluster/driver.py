@@ -10,9 +10,7 @@ import contextlib
 import gc
 import logging
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +22,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from cactus_ray import interrupts
 from cactus_ray.cluster.broker import Broker, Limits
 from cactus_ray.cluster.connect import connected, node_shapes
 from cactus_ray.cluster.desk import Desk
@@ -36,6 +35,7 @@ from cactus_ray.cluster.verifier_pool import VerifierPool
 from cactus_ray.search.space import Space
 from cactus_ray.search.study import Listener, Study
 from cactus_ray.verification.branch import DEFAULT_SECONDS
+from cactus_ray.verification.cost import pace
 
 PREFIX = "cactus-ray-"
 SCRATCH = ".scratch"
@@ -146,12 +146,15 @@ def _pool(study: Study, shares: Plan, nodes: Sequence[str]) -> VerifierPool:
     default = DEFAULT_SECONDS if space.verification.bound == "branch" else 0.0
     limits = Limits(
         hang_seconds=r.hang_seconds,
+        pace=pace(shares.verifier_resources["GPU"] > 0),
         sample_seconds=space.verification.seconds_per_sample or default,
         trial_seconds=r.verify_seconds_per_trial,
         study_seconds=r.verify_seconds_per_study,
     )
     broker = Broker(limits, [f"verifier-{i}" for i in range(shares.verifiers)], study.spent, study.losses)
-    context = VerifierContext(space.data, space.threat, space.verification, r.threads, r.gpus_per_verifier > 0)
+    context = VerifierContext(
+        space.data, space.threat, space.verification, r.threads, shares.verifier_resources["GPU"] > 0
+    )
     return VerifierPool(
         context, broker, shares.verifier_resources, lambda trial: study.checkpoint(trial).read_bytes(),
         [nodes[place] for place in shares.verifier_nodes],
@@ -180,20 +183,12 @@ def _recorded_end(study: Study, listener: Listener | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _heard(desk: Desk) -> Iterator[None]:
     """Remember Ctrl-C and SIGTERM: one that meets Ray inside a callback is lost, and the desk repeats it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def handler(number: int, frame: object) -> None:
+    def remember() -> None:
         desk.interrupted = time.monotonic()
-        raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with interrupts.handled(remember):
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
 
 
 def _job(space: Space, shares: Plan, folder: Path, options: DriverOptions) -> TrainJob:

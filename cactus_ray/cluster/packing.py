@@ -66,9 +66,9 @@ class Packing:
         return {"trials_per_gpu": self.per_gpu, "why": self.why, **profile}
 
 
-def room(profile: Profile) -> int:
-    """Trials whose memory fits a GPU beside the margin: from 1, which is always tried, to ``MOST``."""
-    return max(1, min(MOST, int((1.0 - MARGIN) * profile.total / (profile.held + profile.context))))
+def room(profile: Profile, part: float = 1.0) -> int:
+    """Trials whose memory fits ``part`` of a GPU beside the margin: from 1, which is always tried, to ``MOST``."""
+    return max(1, min(MOST, int((part - MARGIN) * profile.total / (profile.held + profile.context))))
 
 
 def per_gpu(resources: ResourceSettings) -> int:
@@ -114,7 +114,7 @@ def _automatic(space: Space, lowered: int | None, profiled: Callable[[], Profile
         profile = profiled()
     except Exception as error:  # whatever it is, trials that have a GPU each run without a profile
         return Packing(1, f"no profile: {describe(error)}")
-    return Packing(room(profile), "by profile", profile)
+    return Packing(room(profile, space.resources.trials_part), "by profile", profile)
 
 
 def loosened(
@@ -125,7 +125,7 @@ def loosened(
     Where so large a part does not fit beside the verifiers, the next smaller one that does. None where the trial had
     all that they leave of a GPU: then it does not fit at all.
     """
-    number = int(1.0 / gpus + TINY) if 0.0 < gpus < 1.0 else 1
+    number = int(space.resources.trials_part / gpus + TINY) if 0.0 < gpus < 1.0 else 1
     for fewer in range(max(number // 2, 1), number):
         with contextlib.suppress(UserError):
             return plan(packed(space, fewer), available, nodes)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cactus_ray.errors import UserError
+from cactus_ray.search.settings import TINY as TINY
 from cactus_ray.search.settings import ResourceSettings
 from cactus_ray.search.space import Space
-
-TINY = 1e-9
-"""Slack of sums of fractions: ten tenths are one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +49,16 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
     execution = execution_of(r)
     shape = list(nodes) or [available]
     verifier_nodes, fitting = _fitting(r, shape)
+    if fitting < 1 and r.gpus_per_verifier is None and r.verifier_gpus > 0:  # auto is a wish
+        return plan(replace(space, resources=replace(r, gpus_per_verifier=0.0)), available, nodes)
     if fitting < 1:
         largest = ""
         if len(shape) > 1:
             by_node = ", ".join(_amounts(node) for node in shape[:8]) + (", ..." if len(shape) > 8 else "")
             largest = f" in {len(shape)} nodes ({by_node}), and a worker or verifier has to fit one of them"
         raise UserError(
-            f"resources: a trial needs {r.workers * r.cpus_per_worker:g} CPU and {r.workers * r.gpus_per_worker:g} GPU "
-            f"beside {r.verifiers} verifier(s) of {r.cpus_per_verifier:g} CPU and {r.gpus_per_verifier:g} GPU, but the "
+            f"resources: a trial needs {r.workers * r.cpus_per_worker:g} CPU and {r.workers * r.worker_gpus:g} GPU "
+            f"beside {r.verifiers} verifier(s) of {r.cpus_per_verifier:g} CPU and {r.verifier_gpus:g} GPU, but the "
             f"cluster has {_amounts(available)}{largest}; lower workers, verifiers or what each of them asks for, or "
             "use a larger cluster"
         )
@@ -68,12 +68,12 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
     # to the letter, because at 1 the order of asks and tells, and so the study, is reproducible.
     in_flight = training + 1 if wanted is None else wanted
     trial_resources = (
-        {"CPU": float(r.cpus_per_worker), "GPU": float(r.gpus_per_worker)}
+        {"CPU": float(r.cpus_per_worker), "GPU": float(r.worker_gpus)}
         if execution == "direct"
         # Nothing at all is refused by Tune ("empty head"), and any part of a CPU would be missing to the workers.
         else {"memory": 1.0}
     )
-    verifier_resources = {"CPU": float(r.cpus_per_verifier), "GPU": float(r.gpus_per_verifier)}
+    verifier_resources = {"CPU": float(r.cpus_per_verifier), "GPU": float(r.verifier_gpus)}
     return Plan(
         execution, training, in_flight, trial_resources, verifier_resources, r.verifiers, verifier_nodes, r
     )  # fmt: skip
@@ -82,7 +82,7 @@ def plan(space: Space, available: Mapping[str, float], nodes: Sequence[Mapping[s
 def missing(resources: ResourceSettings, free: Mapping[str, float]) -> str:
     """What a trial that is not scheduled waits for, in numbers. ``free``: what the cluster has left."""
     wanted = {
-        "CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.gpus_per_worker
+        "CPU": resources.workers * resources.cpus_per_worker, "GPU": resources.workers * resources.worker_gpus
     }  # fmt: skip
     lacking = {kind: amount - free.get(kind, 0.0) for kind, amount in wanted.items()}
     short = " and ".join(f"{amount:g} {kind}" for kind, amount in lacking.items() if amount > TINY)
@@ -129,13 +129,11 @@ class _Room:
 def _fitting(r: ResourceSettings, nodes: Sequence[Mapping[str, float]]) -> tuple[tuple[int, ...], int]:
     """The node of each verifier, and the trials that fit beside them; 0 also where the verifiers alone do not fit."""
     rooms = [_Room(node.get("CPU", 0.0), [1.0] * int(node.get("GPU", 0.0) + TINY)) for node in nodes]
-    worker = r.cpus_per_worker, r.gpus_per_worker
+    worker = r.cpus_per_worker, r.worker_gpus
     chosen: list[int] = []
     for _ in range(r.verifiers):
         found = [
-            (i, after)
-            for i, room in enumerate(rooms)
-            if (after := room.after(r.cpus_per_verifier, r.gpus_per_verifier))
+            (i, after) for i, room in enumerate(rooms) if (after := room.after(r.cpus_per_verifier, r.verifier_gpus))
         ]
         if not found:
             return tuple(chosen), 0

@@ -209,7 +209,7 @@ def _verification(space: Space, untrained: Network) -> float:
     """Seconds of a verifier for the cheap stage of a trial, all levels, from a few samples of an untrained network."""
     indices = subset(len(load(space.data, ("selection",)).labels["selection"]), None).tolist()
     wanted = len(indices) if not isinstance(space.samples, int) else min(space.samples, len(indices))
-    on_gpu = space.resources.gpus_per_verifier > 0
+    on_gpu = space.resources.verifier_gpus > 0
     verifier = Verifier(VerifierContext(space.data, space.threat, space.verification, space.resources.threads, on_gpu))
     network = pack(untrained)
 

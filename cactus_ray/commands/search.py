@@ -8,7 +8,7 @@ import importlib.metadata
 import itertools
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cactus_ray.errors import UserError
 from cactus_ray.models import Untrained, checked
 from cactus_ray.models.network import Network, pack
 from cactus_ray.models.network import load as load_network
+from cactus_ray.outputs import local_folder
 from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
 from cactus_ray.report.tracking_actor import tracking
@@ -212,6 +213,8 @@ def settings(
     if name is not None and not re.fullmatch(NAME, name):
         raise UserError(f"--name: got {name!r}; expected letters, digits, '.', '_' and '-'")
     start = pack(load_network(init)) if init is not None else None
+    if storage is not None:
+        local_folder("--storage", storage)
     driver = DriverOptions(address=address, storage=storage, trust_code=trust_code, init=start)
     run = runs / (name or space.name)
     if from_scratch or not (run / "trials.jsonl").exists():
@@ -265,18 +268,3 @@ def reference_point(space: Space, untrained: Network) -> dict[str, float]:
     dense = at_level(untrained, "dense", space.data, space.threat.domain).measures
     worst = {name: 1.1 * value for name, value in dense.items()}
     return {name: 0.0 if goal == "maximize" else worst.get(name, WORST_SECONDS) for name, goal in space.front.items()}
-
-
-@contextlib.contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a search as Ctrl-C does: what is finished is kept."""
-    import signal
-
-    def handler(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -51,9 +51,14 @@ def _part_bits(stored: Stored) -> int:
 
 def macs(graph: Graph, params: Params) -> int:
     """Multiply-accumulates of convolutions and linear layers for one sample, zeros included."""
+    return sum(macs_of(graph, params).values())
+
+
+def macs_of(graph: Graph, params: Params) -> dict[str, int]:
+    """The same of each of these layers, by name."""
     shapes = graph.shapes(params)
-    total = 0
-    for node in graph.weighted():
-        weight = params[f"{node.name}.weight"]
-        total += weight.numel() * (math.prod(shapes[node.name][1:]) if node.op == "conv2d" else 1)
-    return total
+    return {
+        node.name: params[f"{node.name}.weight"].numel()
+        * (math.prod(shapes[node.name][1:]) if node.op == "conv2d" else 1)
+        for node in graph.weighted()
+    }

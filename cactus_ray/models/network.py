@@ -109,3 +109,22 @@ def load(path: Path) -> Network:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected a network file (.safetensors)") from error
     return unpack(data, str(path))
+
+
+def outline(path: Path) -> tuple[Graph, Params]:
+    """The graph of a network's file, and its tensors without data (device "meta"): only the header is read.
+
+    Raises UserError where the file is missing or no network file.
+    """
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= path.stat().st_size:
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+        graph = Graph.from_json(json.loads(header.pop("__metadata__")["graph"]))
+        return graph, {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a network file written by cactus-ray ({error})") from error

@@ -17,6 +17,7 @@ from cactus_ray.report.again import again_notes
 from cactus_ray.report.figures import Point, size_text, upper_end
 from cactus_ray.report.ledger import ledger_json
 from cactus_ray.report.progress import StudyProgress
+from cactus_ray.report.resume import go_on, resume_arguments
 from cactus_ray.report.tables import ledger_text, packing_text, seconds_by_trial, spent_hours
 from cactus_ray.search.replicates import seen_again
 from cactus_ray.search.space import Space, load_space
@@ -83,6 +84,7 @@ def print_front(console: Console, run: Path, records: Records, *, as_json: bool)
         console.print(front_table(points))
         sizes = " to ".join(size_text(f(p["bytes"] for p in front)) for f in (min, max))
         console.print(f"{len(front)} of {len(points)} points, {sizes} bytes (k = 1,000)", highlight=False, markup=False)
+    _print_end(console, run, records)
     for note in again_notes(records, front):
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {run / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
@@ -107,6 +109,7 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
     console.print(
         f"{space.name}: {counts['status']}; of {space.search.trials} trials {states}", highlight=False, markup=False
     )
+    _print_end(console, run, records)
     if again := ", ".join(f"{number} {state}" for state, number in counts.get("replicates", {}).items()):
         console.print(f"replicates: {again}", highlight=False, markup=False)
     hours = ", ".join(f"{value:.3g} {kind}" for kind, value in spent_hours(space, records).items() if value > 0)
@@ -119,6 +122,14 @@ def print_status(console: Console, run: Path, records: Records, *, as_json: bool
         console.print(f"verifiers: {stages}", highlight=False, markup=False)
     if records.damaged_lines:
         console.print(f"{records.damaged_lines} lines of trials.jsonl are damaged and ignored", highlight=False)
+
+
+def _print_end(console: Console, run: Path, records: Records) -> None:
+    """Of an interrupted search, how it goes on; of others nothing."""
+    if records.finished and records.finished.get("status") == "interrupted":
+        words = go_on(["cactus-ray", *resume_arguments(run)])
+        more = "with --address, --storage, --init and --trust-code where they were given before"
+        console.print(f"{words} ({more})", highlight=False, markup=False, soft_wrap=True)
 
 
 def to_json(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from cactus_ray.search.records import Records, TrialRecord
 from cactus_ray.search.replicates import ENDED, Replicate, due, fields, leading, replicate_seed
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import RunStore
+from cactus_ray.verification.cost import cost_of_file
 
 Event = dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class Afterwards:
         return False
 
     def _begun(self, trial: TrialRecord, wanted: tuple[str, ...]) -> Verification:
-        state = Verification.of(trial.again, trial.id, replace(self.pieces, levels=wanted), trial.train_seconds or 0.0)
+        cost = cost_of_file(self.store.path / str(trial.checkpoint), self.space.verification)
+        pieces = replace(self.pieces, levels=wanted)
+        state = Verification.of(trial.again, trial.id, pieces, trial.train_seconds or 0.0, cost)
         self.points[trial.id] = {point["level"]: point for point in trial.points if point["level"] in wanted}
         self.verifying[trial.id] = state
         return state

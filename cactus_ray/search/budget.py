@@ -131,7 +131,7 @@ def training_on_gpus(resources: ResourceSettings, training: Mapping[str, float],
 
 def gpu_seconds(resources: ResourceSettings, training: float, verifying: float) -> float:
     """Seconds of GPUs of so many of training (``training_on_gpus``) and so many seconds of verifiers that work."""
-    return training + verifying * resources.gpus_per_verifier
+    return training + verifying * resources.verifier_gpus
 
 
 def cpu_seconds(resources: ResourceSettings, training: float, verifying: float) -> float:

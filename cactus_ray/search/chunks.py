@@ -7,11 +7,13 @@ a driver that takes over from records asks for the rest, whatever pieces the fir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cactus_ray.search.records import TrialRecord
+from cactus_ray.verification.cost import UNKNOWN, Cost
 
 CHEAP, DEAR = "cheap", "dear"
 DEAR_BOUNDS = ("alpha", "branch")
@@ -25,6 +27,7 @@ class Chunk:
     """The same samples of one trial's network at several levels, verified together by one verifier.
 
     ``id`` is the key of their results. ``spent``: most seconds that the cheap stage took for one of them at a level.
+    ``cost``: multiply-adds that they are estimated to take, but for branch and bound; 0: not known.
     """
 
     id: str
@@ -33,6 +36,7 @@ class Chunk:
     levels: tuple[str, ...]
     indices: tuple[int, ...]
     spent: float = 0.0
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +68,22 @@ class ChunkResult:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """How a trial's samples are cut. ``dear``: whether the settings ask for a dear stage."""
+    """How a trial's samples are cut. ``dear``: whether the settings ask for a dear stage; ``most``: estimated
+    multiply-adds of a chunk of more than one sample."""
 
     levels: tuple[str, ...]
     samples: tuple[int, ...]
     cheap_samples: int
     dear_samples: int
     dear: bool
+    most: float = math.inf
 
 
 @dataclass(slots=True)
 class Verification:
     """The verification of one trained trial.
 
+    ``cost``: of its network, per sample and level;
     ``open``: chunks that are asked for and not answered, by id; ``spared``: level -> [trial, level] of the point that
     beats all that dear verification could bring.
     """
@@ -84,6 +91,7 @@ class Verification:
     trial: str
     pieces: Pieces
     train_seconds: float
+    cost: Cost = UNKNOWN
     rows: dict[str, dict[int, Row]] = field(default_factory=dict)
     dear: dict[str, set[int]] = field(default_factory=dict)
     measures: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -92,9 +100,11 @@ class Verification:
     spared: dict[str, list[str]] = field(default_factory=dict)
 
     @staticmethod
-    def of(record: TrialRecord | None, trial: str, pieces: Pieces, train_seconds: float) -> Verification:
+    def of(
+        record: TrialRecord | None, trial: str, pieces: Pieces, train_seconds: float, cost: Cost = UNKNOWN
+    ) -> Verification:
         """The state after what ``record`` knows of the same network; nothing is known without one."""
-        state = Verification(trial, pieces, train_seconds)
+        state = Verification(trial, pieces, train_seconds, cost)
         if record is not None:
             state.rows = {level: dict(rows) for level, rows in record.verdicts.items()}
             state.dear = {level: set(indices) for level, indices in record.dear.items()}
@@ -132,7 +142,7 @@ class Verification:
         return {i for i, row in rows.items() if row[2] == "UNKNOWN" and row[5] == "bounds" and i not in seen}
 
     def _cut(self, stage: str, wanted: Mapping[str, set[int]], size: int) -> list[Chunk]:
-        """Chunks of at most ``size`` samples that are wanted at the same levels."""
+        """Chunks of at most ``size`` samples that are wanted at the same levels; fewer where they are dear."""
         if not any(wanted.values()):
             return []
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -141,17 +151,24 @@ class Verification:
             if levels:
                 groups.setdefault(levels, []).append(index)
         return [
-            self._chunk(stage, levels, indices[i : i + size])
+            self._chunk(stage, levels, indices[i : i + step])
             for levels, indices in groups.items()
-            for i in range(0, len(indices), size)
+            for step in [self._samples_of(stage, levels, size)]
+            for i in range(0, len(indices), step)
         ]
+
+    def _samples_of(self, stage: str, levels: Sequence[str], size: int) -> int:
+        """How many samples, ``size`` at most and one at least, cost no more than a chunk may."""
+        each = self.cost.of(stage == DEAR) * len(levels)
+        return size if each * size <= self.pieces.most else max(int(self.pieces.most / each), 1)
 
     def _chunk(self, stage: str, levels: tuple[str, ...], indices: Sequence[int]) -> Chunk:
         places = ",".join(str(self.pieces.levels.index(level)) for level in levels)
         known = [self.rows[level][i][6] for level in levels for i in indices] if stage == DEAR else []
         spent = max((float(s or 0.0) for s in known), default=0.0)
         name = f"{self.trial}/{stage}/{places}/{indices[0]}-{indices[-1]}"
-        return Chunk(name, self.trial, stage, levels, tuple(indices), spent)
+        cost = self.cost.of(stage == DEAR) * len(levels) * len(indices)
+        return Chunk(name, self.trial, stage, levels, tuple(indices), spent, cost)
 
     def take(self, chunk: Chunk, levels: Mapping[str, LevelResult]) -> None:
         """Verdicts of a chunk; those of the dear stage replace those of the cheap one."""

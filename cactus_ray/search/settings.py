@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,10 @@ SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "cmaes", "random", "grid")
 KEEP = ("front", "all")
 EXECUTIONS = ("auto", "train", "direct")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+VERIFIERS_PART = 0.2
+"""Part of a GPU that all verifiers together have beside trials, where nothing else is said."""
+TINY = 1e-9
+"""Slack of sums of fractions: ten tenths are one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +117,16 @@ class ResourceSettings:
     )  # fmt: skip
     verifiers: int = setting(1, doc="verifier actors", minimum=1)
     cpus_per_verifier: float = setting(1.0, doc="CPUs of a verifier", exclusive_minimum=0.0)
-    gpus_per_verifier: float = setting(0.0, doc="GPUs of a verifier; a part of one lets several share it", minimum=0.0)
+    gpus_per_verifier: float | None = setting(
+        None, word="auto", minimum=0.0,
+        doc="GPUs of a verifier; a part of one lets several share it; auto: where a worker has a GPU or a part of one, "
+        "all verifiers together have a fifth of one, which trials leave them",
+    )  # fmt: skip
     cheap_samples: int = setting(
-        50, doc="samples of a verifier's task of attacks, IBP and CROWN, at all levels", minimum=1
-    )
+        50, minimum=1,
+        doc="samples of a verifier's task of attacks, IBP and CROWN, at all levels; fewer where so many are estimated "
+        "to take longer than ten minutes",
+    )  # fmt: skip
     dear_samples: int = setting(
         4, doc="samples of a task of what alpha or branch asks for; few, so that verifiers end together", minimum=1
     )
@@ -129,7 +140,8 @@ class ResourceSettings:
     )
     hang_seconds: float = setting(
         1800.0,
-        doc="a verifier that works longer on a task, beyond the seconds per sample, is taken for hung and replaced",
+        doc="a verifier that works longer on a task, beyond the seconds per sample and three times what the task is "
+        "estimated to take, is taken for hung and replaced",
         exclusive_minimum=0.0,
     )
     state_seconds: float = setting(
@@ -143,7 +155,7 @@ class ResourceSettings:
 
     def __post_init__(self) -> None:
         for key in ("gpus_per_worker", "gpus_per_verifier"):
-            gpus: float = getattr(self, key)
+            gpus: float = getattr(self, key) or 0.0
             if gpus > 1 and not gpus.is_integer():
                 raise ConfigError(key, gpus, "a part of one GPU, or a whole number of them")
         if (self.trials_per_gpu or 1) > 1 and (self.workers, self.gpus_per_worker) != (1, 1.0):
@@ -151,6 +163,32 @@ class ResourceSettings:
             raise ConfigError("trials_per_gpu", self.trials_per_gpu, expected)
         if self.execution == "direct" and self.workers > 1:
             raise ConfigError("execution", self.execution, f"auto or train: direct runs one worker, not {self.workers}")
+
+    @property
+    def trials_part(self) -> float:
+        """The part of a GPU that is for trials where ``gpus_per_verifier`` is auto; else all of it."""
+        shared = self.gpus_per_verifier is None and 0.0 < self.gpus_per_worker <= 1.0
+        return 1.0 - VERIFIERS_PART if shared else 1.0
+
+    @property
+    def worker_gpus(self) -> float:
+        """GPUs that a worker asks Ray for: ``gpus_per_worker``, less what its share leaves to verifiers."""
+        gpus = self.gpus_per_worker
+        if not 0.0 < gpus <= 1.0:
+            return gpus
+        return _in_units(min(gpus, self.trials_part / int(1.0 / gpus + TINY)))
+
+    @property
+    def verifier_gpus(self) -> float:
+        """GPUs that a verifier asks Ray for."""
+        if self.gpus_per_verifier is not None:
+            return self.gpus_per_verifier
+        return _in_units((1.0 - self.trials_part) / self.verifiers)
+
+
+def _in_units(gpus: float) -> float:
+    """Ray counts in ten-thousandths and rounds up from a half: rounded down, parts that fill a GPU fit it."""
+    return math.floor(gpus * 10_000 + TINY) / 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ from cactus_ray.search.sampler import OptunaSampler
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import Records, RunStore, TrialRecord
 from cactus_ray.search.verifying import Verifying
+from cactus_ray.verification.cost import TASK_SECONDS, pace
 
 __all__ = ["Event", "Listener", "Study", "TrialStart"]
 
@@ -63,6 +64,7 @@ class Study(Journal):
             space.resources.cheap_samples,
             space.resources.dear_samples,
             space.verification.bound in DEAR_BOUNDS,
+            TASK_SECONDS * pace(space.resources.verifier_gpus > 0),
         )
         after = Afterwards(space, store, records, replace(pieces, samples=tuple(fresh)))
         super().__init__(store, records, Budget(space, records), after, listeners)

@@ -19,6 +19,7 @@ from cactus_ray.search.journal import Event
 from cactus_ray.search.rivals import Rivals
 from cactus_ray.search.space import Space
 from cactus_ray.search.store import RunStore, TrialRecord
+from cactus_ray.verification.cost import cost_of_file
 
 
 class Course(Protocol):
@@ -98,7 +99,8 @@ class Verifying:
 
     def _begin(self, record: TrialRecord | None, trial: str, config: RunConfig, seconds: float) -> None:
         """Take up a trained trial after what ``record`` knows of the same network."""
-        self.states[trial] = Verification.of(record, trial, self.pieces, seconds)
+        cost = cost_of_file(self.checkpoint(trial), self.space.verification)
+        self.states[trial] = Verification.of(record, trial, self.pieces, seconds, cost)
         self.columns[trial] = {
             "method": config.method, "seed": config.seed, "split": "selection", "config_hash": config.config_hash,
         }  # fmt: skip

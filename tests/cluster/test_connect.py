@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from cactus_ray.cluster.connect import connected
-from cactus_ray.errors import RunFailedError
+from cactus_ray.errors import RunFailedError, UserError
 
 TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
 
@@ -22,8 +22,20 @@ def test_a_machine_too_busy_for_ray_is_named(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
-def test_any_other_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing(monkeypatch, "what is this")
-    with pytest.raises(Exception, match="what is this") as found, connected(None, cpus=1):
+@pytest.mark.parametrize("fault", [OSError(28, "No space"), KeyError("x"), AssertionError("what\n  is this"), None])
+def test_any_other_fault_of_the_start_is_one_line_with_its_class(
+    monkeypatch: pytest.MonkeyPatch, fault: Exception | None
+) -> None:
+    fault = fault or Exception("much\n" * 1000)
+
+    def init(**options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(ray, "init", init)
+    words = rf"^Ray did not start; .*\({type(fault).__name__}: "
+    with pytest.raises(RunFailedError, match=words) as found, connected(None, cpus=1):
         pass
-    assert not isinstance(found.value, RunFailedError)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 800
+    with pytest.raises(UserError, match=r"^--address: got 'auto'; .*" + type(fault).__name__), connected("auto"):
+        pass

@@ -38,7 +38,8 @@ def gpu(total: float, held: float, context: float) -> Profile:
 
 
 def shared(search: dict[str, Any] = MANY, **resources: Any) -> Space:
-    return space(resources={"gpus_per_worker": 1, "verifiers": 1, **resources}, search=search)
+    beside = {"gpus_per_worker": 1, "verifiers": 1, "gpus_per_verifier": 0}
+    return space(resources={**beside, **resources}, search=search)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,9 @@ def studied(asked: Space, run: Path) -> tuple[Records, list[dict[str, Any]]]:
 
 
 def crowded_space(search: dict[str, Any], **resources: Any) -> Space:
-    resources = {"gpus_per_worker": 1, "cpus_per_worker": 0.5, "verifiers": 1, **resources}
+    resources = {
+        "gpus_per_worker": 1, "cpus_per_worker": 0.5, "verifiers": 1, "gpus_per_verifier": 0, **resources
+    }  # fmt: skip
     return space(
         resources=resources, search=search, model={"factory": "crowded_network:crowded"},
         parameters={"method": {"value": "ibp"}, "learning_rate": {"min": 0.001, "max": 0.01}},

@@ -128,6 +128,6 @@ def test_a_worker_that_fits_no_node_is_refused_with_the_nodes() -> None:
 
 
 def test_what_a_waiting_trial_lacks_is_named() -> None:
-    wanted = space({"workers": 2, "cpus_per_worker": 2, "gpus_per_worker": 1}).resources
+    wanted = space({"workers": 2, "cpus_per_worker": 2, "gpus_per_worker": 1, "gpus_per_verifier": 0}).resources
     assert "2 CPU and 1 GPU are free: 2 CPU and 1 GPU are missing" in missing(wanted, {"CPU": 2.0, "GPU": 1.0})
     assert "enough in all" in missing(wanted, {"CPU": 4.0, "GPU": 2.0})
