@@ -105,7 +105,7 @@ class DeskSearcher(Searcher):  # type: ignore[misc]
 def run_study(study: Study, options: DriverOptions, attach: Attach | None = None) -> None:
     """Run a study to its end on a cluster. Whatever ends it early, what is finished stays in the records.
 
-    ``attach`` is entered once Ray is up and may yield one more listener (tracking lives in an actor).
+    ``attach`` is entered once the study is known to fit the cluster, and may yield one more listener (tracking).
     Raises UserError for an impossible request, RunFailedError where a certified sample was falsified, and
     KeyboardInterrupt as it comes.
     """
