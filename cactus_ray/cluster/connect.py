@@ -87,11 +87,16 @@ def _close_token_file() -> None:
 
 
 def _join(address: str) -> None:
+    if address.startswith("ray://"):  # Ray Tune would run in a process of the cluster, away from the records
+        raise UserError(
+            f"--address: got {address!r}; expected auto or HOST:6379, on a machine of the cluster: a search runs where "
+            "its records are, and not through Ray's client"
+        )
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
                  runtime_env={"env_vars": dict(ENVIRONMENT)})  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto, HOST:6379 or "
-            f"ray://HOST:10001 ({error})"
+            f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto or HOST:6379 "
+            f"({error})"
         ) from error

@@ -175,7 +175,8 @@ def follow() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which W&B's own process would inherit
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)  # what libraries print is no answer
     begin = json.loads(sys.stdin.buffer.readline())
     tracker = Tracker(begin["space"], begin["run"])
     told: State | None = None
