@@ -52,7 +52,7 @@ def tracking(space: Space, run: Path, say: Say) -> Iterator[Callable[[Mapping[st
         return
     try:
         process = TrackingProcess(space.to_dict(), run, say)
-    except OSError as error:  # no memory, too many processes, a full disk
+    except (OSError, RuntimeError) as error:  # no memory, too many processes or threads, a full disk
         say(f"W&B: off: its process did not start ({error})")
         yield None
         return
@@ -122,6 +122,7 @@ class TrackingProcess:
             self.waiting.put_nowait(json.dumps(line).encode() + b"\n")
         except queue.Full:
             self.lost = True
+            self.say(f"W&B: its process hangs, and what follows is missing there; {self.run / LOG} may say why")
 
     def _write(self) -> None:
         assert self.process.stdin is not None
@@ -147,10 +148,11 @@ def words(state: State, run: Path) -> str:
     """One line for the terminal: the mode, why, and the page or how to upload."""
     why = f" ({state.why})" if state.why else ""
     if state.mode == "online":
-        return f"W&B: online{why}: {state.page}"
+        return f"W&B: online: {state.page}"
     if state.mode == "offline":
         upload = sync_line(run)
-        return f"W&B: offline{why}; upload with: {upload}" if upload else f"W&B: offline{why}"
+        before = f"; until then: {state.page}" if state.page else ""
+        return f"W&B: offline{why}{before}" + (f"; upload with: {upload}" if upload else "")
     return f"W&B: off{why}"
 
 

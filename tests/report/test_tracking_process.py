@@ -159,7 +159,10 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(
     process.close(0.1)
     assert process.process.returncode == -signal.SIGKILL
     assert [thread.is_alive() for thread in process.threads] == [False, False]
-    assert "not finished within 0.1 s, and ended" in said.lines[0]
+    assert [text in line for text, line in zip(("hangs", "not finished within 0.1 s"), said.lines, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_ctrl_c_is_for_the_driver_alone_and_the_end_of_the_driver_is_the_end(tmp_path: Path, stand_in: Path) -> None:
@@ -204,6 +207,11 @@ def test_only_what_was_not_uploaded_is_offered(tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     file.touch()
     assert str(sync_line(tmp_path)).endswith(f"wandb sync {tmp_path}/wandb")
+    since = State("offline", "the server is gone", "https://wandb.example")
+    expected = (
+        f"W&B: offline (the server is gone); until then: https://wandb.example; upload with: {sync_line(tmp_path)}"
+    )
+    assert words(since, tmp_path) == expected
     file.with_suffix(".wandb.synced").touch()
     assert sync_line(tmp_path) is None
     assert words(State("disabled", "as WANDB_MODE=disabled asks"), tmp_path) == "W&B: off (as WANDB_MODE=disabled asks)"
