@@ -146,7 +146,9 @@ def search(
     runs: Annotated[Path, typer.Option(parser=_folder("--runs"), help="Folder that holds runs.")] = Path("runs"),
     trials: Annotated[int | None, typer.Option(min=1, help="Number of trials.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the study.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray: auto, HOST:6379 or ray://HOST:10001.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray that this machine is a node of: auto or HOST:6379.")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(help="Folder for Ray's scratch files, shared by all nodes of a cluster.")
     ] = None,

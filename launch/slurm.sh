@@ -10,6 +10,7 @@
 # Who may use this Ray: only who knows the token, which is drawn anew for every job, never printed, and lies in a file
 # that only you can read (in CACTUS_TOKEN_DIR, default ~/.cactus-ray, on shared storage). Ray's traffic itself is not
 # encrypted and its ports listen on all interfaces: use it only on a network that is closed to the outside.
+# CACTUS_STORAGE: folder for Ray's scratch files, on shared storage (default runs/.ray; Ray Train keeps checkpoints there).
 # CACTUS_HEAD_IP: the head's address, where the first one of `hostname -I` is not the one that the nodes share.
 #SBATCH --job-name=cactus-ray
 #SBATCH --nodes=2
@@ -110,7 +111,7 @@ fi
 # --- the search. Job control on: otherwise bash would start it deaf to SIGINT, and it could not stop cleanly.
 echo "== cactus-ray search $*"
 set -m
-"$bin/cactus-ray" search "$@" --address "$address" &
+"$bin/cactus-ray" search --storage "${CACTUS_STORAGE:-$PWD/runs/.ray}" "$@" --address "$address" &
 search="$!"
 set +m
 trap 'kill -INT "$search" 2> /dev/null || true' INT TERM

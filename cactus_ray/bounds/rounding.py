@@ -56,12 +56,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cactus_ray.bounds import interval, quantizer
+from cactus_ray.bounds.arithmetic import ARITHMETICS
 from cactus_ray.bounds.graph import RELUS, Graph, Node, Params, batch_norm_affine, slope_of
 from cactus_ray.bounds.interval import Box
 from cactus_ray.bounds.spread import check_radii, widened
 
-ARITHMETICS = {"real": 0.0, "float32": 2.0**-24}
-"""Unit roundoff of the deployed arithmetic by name; real: its rounding is not charged, only that of the bounds."""
 LIMIT = 2.0**126
 UNDERFLOW = 2.0**-800
 """More than all that float64 underflow can do to a bound while magnitudes stay below ``LIMIT``."""

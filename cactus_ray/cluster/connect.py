@@ -95,11 +95,16 @@ def _enough_cpus() -> int | None:
 
 
 def _join(address: str) -> None:
+    if address.startswith("ray://"):  # Ray Tune would run in a process of the cluster, away from the records
+        raise UserError(
+            f"--address: got {address!r}; expected auto or HOST:6379, on a machine of the cluster: a search runs where "
+            "its records are, and not through Ray's client"
+        )
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE,
                  runtime_env={"env_vars": dict(ENVIRONMENT)})  # fmt: skip
     except Exception as error:  # Ray's own, gRPC's, Python's
         raise UserError(
-            f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto, HOST:6379 or "
-            f"ray://HOST:10001 ({_line(error)})"
+            f"--address: got {address!r}; expected a running Ray that accepts our token, such as auto or HOST:6379 "
+            f"({_line(error)})"
         ) from error

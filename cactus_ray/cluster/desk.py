@@ -12,7 +12,7 @@ import ray
 
 from cactus_ray import interrupts
 from cactus_ray.cluster.broker import Cut, Job, Lost
-from cactus_ray.cluster.mailbox import Message, sender_of, trial_of
+from cactus_ray.cluster.mailbox import LOST, Message, sender_of, trial_of
 from cactus_ray.cluster.packing import per_gpu
 from cactus_ray.cluster.resources import Plan, missing
 from cactus_ray.cluster.verifier import ChunkFailure, labels_of
@@ -79,10 +79,20 @@ class Desk:
                     self._end_tune()
                     return
         except BaseException as error:  # the main thread must learn of it, whatever it is
-            with self.changed:
-                self.error = error
-                self.changed.notify_all()
+            self._fail(error)
             self._end_tune()
+
+    def _fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def _ask_mailbox(self, answer: Any) -> Any:
+        """What the mailbox answers. Raises RunFailedError where it is dead: what it held came from trials in flight."""
+        try:
+            return ray.get(answer)
+        except ray.exceptions.RayActorError as error:
+            raise RunFailedError(LOST) from error
 
     def _end_tune(self) -> None:
         """Interrupt Tune, which would wait for the trials that train, for hours perhaps.
@@ -96,7 +106,7 @@ class Desk:
     def take_mail(self) -> None:
         """Handle every message that the trainers have sent so far."""
         with self.changed:
-            messages: list[Message] = ray.get(self.mailbox.take.remote())
+            messages: list[Message] = self._ask_mailbox(self.mailbox.take.remote())
             for kind, sender, content in messages:
                 trial = trial_of(sender)
                 # Ray restarted its workers after their last word, or they are of an attempt that was given up.
@@ -233,7 +243,11 @@ class Desk:
                     self.pending[start.id] = time.monotonic()
                     sender = self.senders[start.id] = sender_of(start.id, start.attempt)
                     if start.state is not None:
-                        ray.get(self.mailbox.hand.remote(sender, start.state))
+                        try:
+                            self._ask_mailbox(self.mailbox.hand.remote(sender, start.state))
+                        except RunFailedError as lost:  # here it would reach Tune, which knows no way with it
+                            self._fail(lost)
+                            return "finished"
                     rungs = {
                         "asked": start.asked, "scored": start.scored, "levels": self.study.rungs.levels,
                         "waits": self.study.rungs.halving.rules.promote,
@@ -250,7 +264,11 @@ class Desk:
     def trainer_ended(self, trial: str, error: bool) -> None:
         """Tune says that a trial's function ended; one that died without mail is trained on."""
         if error:
-            self.take_mail()
+            try:
+                self.take_mail()
+            except RunFailedError as lost:
+                self._fail(lost)
+                return
         with self.changed:
             self.pending.pop(trial, None)
             group = self.groups.pop(trial, None)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -26,9 +25,10 @@ from cactus_ray import interrupts
 from cactus_ray.cluster.broker import Broker, Limits
 from cactus_ray.cluster.connect import connected, node_shapes
 from cactus_ray.cluster.desk import Desk
-from cactus_ray.cluster.mailbox import Mailbox
+from cactus_ray.cluster.mailbox import open_mailbox
 from cactus_ray.cluster.packing import decided, loosened, packed, profile
 from cactus_ray.cluster.resources import Plan, plan
+from cactus_ray.cluster.shared import SCRATCH, driver_node, refuse_unseen_data, refuse_unshared
 from cactus_ray.cluster.train_workers import TrainJob, train_trial
 from cactus_ray.cluster.verifier import VerifierContext
 from cactus_ray.cluster.verifier_pool import VerifierPool
@@ -38,7 +38,6 @@ from cactus_ray.verification.branch import DEFAULT_SECONDS
 from cactus_ray.verification.cost import pace
 
 PREFIX = "cactus-ray-"
-SCRATCH = ".scratch"
 Attach = Callable[[], AbstractContextManager[Listener | None]]
 
 
@@ -105,24 +104,26 @@ class DeskSearcher(Searcher):  # type: ignore[misc]
 def run_study(study: Study, options: DriverOptions, attach: Attach | None = None) -> None:
     """Run a study to its end on a cluster. Whatever ends it early, what is finished stays in the records.
 
-    ``attach`` is entered once Ray is up and may yield one more listener (tracking lives in an actor).
-    Raises UserError for an impossible request, RunFailedError where a certified sample was falsified, and
-    KeyboardInterrupt as it comes.
+    ``attach`` is entered once the study is known to fit the cluster, and may yield one more listener (tracking).
+    Raises UserError for an impossible request or a folder that a node does not see, RunFailedError where a certified
+    sample was falsified or the mailbox was lost, and KeyboardInterrupt as it comes.
     """
     space = study.space
     with contextlib.ExitStack() as stack:
         available = stack.enter_context(connected(options.address, cpus=options.cpus, gpus=options.gpus))
         nodes = node_shapes()
         shapes = list(nodes.values())
+        refuse_unseen_data(space.data.root, nodes)
         packing = decided(space, study.lowered, lambda: profile(space, options.trust_code, available, shapes))
         shares = plan(packed(space, packing.per_gpu) if packing else space, available, shapes)
         folder = stack.enter_context(scratch(study.store.path, options.storage))
+        refuse_unshared(folder, options.storage, shares, nodes)
         listener = stack.enter_context(attach()) if attach else None
         with _recorded_end(study, listener):
             if packing is not None:
                 study.packed(packing.to_dict())
             pool = _pool(study, shares, list(nodes))
-            mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+            mailbox = open_mailbox(driver_node())
             desk = Desk(study, shares, pool, mailbox, lambda gpus: loosened(space, gpus, available, shapes))
             stack.callback(gc.unfreeze)
             gc.freeze()  # what is there now stays; to look through it again and again would hold up reports

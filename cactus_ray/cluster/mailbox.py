@@ -23,6 +23,22 @@ def trial_of(sender: str) -> str:
     return sender.rpartition("#")[0]
 
 
+LOST = (
+    "the process through which trials report to the driver has died (killed, or out of memory); what is finished is "
+    "kept: the same command goes on"
+)
+"""What a search says that lost its mailbox."""
+
+
+def open_mailbox(node: str) -> Any:
+    """A mailbox actor on the node with this id: on the driver's, the end of no other node takes it along."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=there)(Mailbox).remote()
+
+
 class Mailbox:
     """Keeps messages in the order of arrival until the driver takes them. Made with ``ray.remote``.
 

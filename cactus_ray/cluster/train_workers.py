@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import time
@@ -86,7 +87,8 @@ def train_trial(config: dict[str, Any], job: TrainJob, mailbox: Any) -> dict[str
         else:
             _train_direct(config, job, mailbox)
     except Exception as error:  # whatever ends a trial must reach the records, with its name
-        ray.get(mailbox.put.remote(_failure(error, config)))
+        with contextlib.suppress(ray.exceptions.RayActorError):  # without a mailbox the driver ends the study by itself
+            ray.get(mailbox.put.remote(_failure(error, config)))
         outcome = "failed"
     else:
         outcome = "ended"
@@ -232,7 +234,9 @@ def _train_with_ray_train(trial: dict[str, Any], job: TrainJob, mailbox: Any) ->
     from ray.train.torch import TorchConfig
 
     from cactus_ray.cluster.ray_train import trainer
+    from cactus_ray.cluster.shared import refuse_unseen_here
 
+    refuse_unseen_here(job.storage)
     on_gpu = trial["gpus"] > 0
     resources = {"CPU": float(job.cpus_per_worker)} | ({"GPU": float(trial["gpus"])} if on_gpu else {})
     trainer(
@@ -259,6 +263,8 @@ def _worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train
     import ray.train.torch
+
+    from cactus_ray.cluster.shared import refuse_unseen_here
 
     job: TrainJob = config["job"]
     trial: dict[str, Any] = config["trial"]
@@ -290,6 +296,7 @@ def _worker(config: dict[str, Any]) -> None:
         return True
 
     try:
+        refuse_unseen_here(job.storage)
         result = _run_loop(
             trial["run"],
             job,

@@ -28,7 +28,7 @@ from cactus_ray.models.network import load as load_network
 from cactus_ray.outputs import local_folder
 from cactus_ray.report.page import write_page
 from cactus_ray.report.terminal import StudyProgress
-from cactus_ray.report.tracking_actor import tracking
+from cactus_ray.report.tracking_process import tracking
 from cactus_ray.search.evaluate import at_level
 from cactus_ray.search.fresh import fresh_samples
 from cactus_ray.search.rungs import epoch_costs
@@ -91,7 +91,7 @@ def search(space: Space, options: SearchOptions) -> Records:
             try:
                 if not study.done:
                     with upkeep.writing():
-                        run_study(study, options.driver, lambda: tracking(space, store.path))
+                        run_study(study, options.driver, lambda: tracking(space, store.path, progress.say))
                 elif records.finished is None:  # the last driver died before its last word
                     study.end("completed", 0.0)
             finally:  # also for what a study that was interrupted or failed has finished

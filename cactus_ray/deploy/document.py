@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cactus_ray import __version__
-from cactus_ray.bounds.rounding import ARITHMETICS
+from cactus_ray.bounds.arithmetic import ARITHMETICS
 from cactus_ray.compression.family import Family
 from cactus_ray.config import ThreatConfig, parse, setting
 from cactus_ray.data.sources import SOURCES

@@ -88,6 +88,12 @@ class StudyProgress:
             with self.lock:
                 handler(event)
 
+    def say(self, line: str) -> None:
+        """Show a line; from any thread."""
+        if self.enabled:
+            with self.lock:
+                self._say(line)
+
     # --- events
 
     def _on_study(self, event: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """W&B: one group per study, one run per trial, and a study run with the points table and the interactive front.
 
-Made for use inside one process of its own (an actor). Tracking is a copy: the records of the run are the truth, so
-nothing here may fail or hold up a search. Every call into W&B runs on one daemon thread, behind a catch and a time
-limit; what goes wrong is written to ``RUN/wandb/tracking.log``, and after a call that did not come back nothing more
-is sent.
+Made for use inside one process of its own (``tracking_process``). Tracking is a copy: the records of the run are the
+truth, so nothing here may fail or hold up a search. Every call into W&B runs on one daemon thread, behind a catch and a
+time limit; what goes wrong is written to ``RUN/wandb/tracking.log``, and after a call that did not come back nothing
+more is sent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ CALL_SECONDS = 60.0
 INIT_SECONDS = 20.0
 REACH_SECONDS = 3.0
 TABLE_SECONDS = 30.0
+LOG = Path("wandb", "tracking.log")
+"""Where a run's folder says what went wrong."""
 ENDS = ("completed", "failed", "stopped", "waiting")
 COLUMNS = (
     "trial", "level", "method", "samples", "standard_accuracy", "certified_accuracy", "certified_accuracy_upper",
@@ -62,19 +65,43 @@ def is_reachable(url: str, seconds: float) -> bool:
         return False
 
 
-def choose_mode(mode: str) -> str:
-    """ "online", "offline" or "disabled" for a requested mode.
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where tracking goes: ``mode`` is "online", "offline" or "disabled"; ``why`` it is not online, or not any more;
+    ``page`` of the study, where it is online."""
+
+    mode: str
+    why: str = ""
+    page: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def choose_mode(mode: str) -> State:
+    """Whether W&B can be online for a requested mode, and if not why.
 
     ``auto`` follows WANDB_MODE if set. It and ``online`` need a key and a server that answers; else files are offline.
     """
-    wanted = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
+    wanted, by = (mode, f"wandb.mode: {mode}")
+    if mode == "auto" and (set_to := os.environ.get("WANDB_MODE")):
+        wanted, by = (set_to, f"WANDB_MODE={set_to}")
     if wanted in ("offline", "dryrun"):
-        return "offline"
+        return State("offline", f"as {by} asks")
     if wanted == "disabled":
-        return "disabled"
+        return State("disabled", f"as {by} asks")
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = urllib.parse.urlsplit(url).hostname or ""
-    return "online" if has_key(host) and is_reachable(url, REACH_SECONDS) else "offline"
+    if not has_key(host):
+        return State("offline", f"no key for {host or url}: set WANDB_API_KEY, or run wandb login")
+    if not is_reachable(url, REACH_SECONDS):
+        return State("offline", f"{url} did not answer within {REACH_SECONDS:g} s")
+    return State("online")
+
+
+def shown(event: Mapping[str, Any]) -> bool:
+    """Whether ``Tracker`` does anything with an event."""
+    return hasattr(Tracker, f"_on_{event.get('event')}")
 
 
 class Tracker:
@@ -98,8 +125,16 @@ class Tracker:
         self.reference: dict[str, float] = {}
         self.runs: dict[str, Any] = {}
         self.mode: Any = "disabled"
+        self.why, self.page = "", ""
         self.group, self.suffix, self.shown = "", "", -math.inf
         self.calls.do("start", self._start)
+
+    @property
+    def state(self) -> State:
+        """Where the study is tracked by now."""
+        if self.calls.lost:
+            return State("disabled", f"W&B did not answer in time; {self.run / LOG} says when")
+        return State(self.mode, self.why, self.page)
 
     @property
     def failures(self) -> int:
@@ -137,24 +172,28 @@ class Tracker:
         self.ended = {trial.id: trial.status for trial in records.trials.values() if trial.status in ENDS}
         begun = f"{self.space.get('name')} {records.study.get('time')}"
         self.group = f"{self.space.get('name')}-{hashlib.sha256(begun.encode()).hexdigest()[:8]}"
-        mode = choose_mode(str(wandb.get("mode", "auto")))
-        if mode == "disabled":
+        chosen = choose_mode(str(wandb.get("mode", "auto")))
+        self.why = chosen.why
+        if chosen.mode == "disabled":
             return
-        self.mode = mode
+        self.mode = chosen.mode
         try:
-            self._open("study", "study", self.space)
-        except Exception:
-            self.mode = "disabled"
+            run = self._open("study", "study", self.space)
+        except Exception as error:
+            self.mode, self.why = "disabled", f"W&B did not begin: {_first_line(error)}"
             raise
+        if self.mode == "online":
+            self.page = str(run.url or "")
 
     def _open(self, name: str, job: str, config: Mapping[str, Any]) -> Any:
         """A new run of W&B; where that fails online, this one and all later ones are kept offline."""
         try:
             return self._init(name, job, config)
-        except Exception:
+        except Exception as error:
             if self.mode != "online":
                 raise
             self.log.exception("W&B could not go online; files are kept offline from here on")
+            self.why = f"W&B could not begin a run online: {_first_line(error)}"
             self.mode, self.suffix = "offline", "-offline"  # W&B holds the id of a run that failed to begin
             return self._init(name, job, config)
 
@@ -297,6 +336,10 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _teardown() -> None:
     import wandb
 
@@ -309,9 +352,8 @@ def _log(run: Path) -> logging.Logger:
     log.propagate = False
     log.setLevel(logging.INFO)
     try:
-        folder = run / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        log.addHandler(logging.FileHandler(folder / "tracking.log", delay=True))
+        (run / LOG).parent.mkdir(parents=True, exist_ok=True)
+        log.addHandler(logging.FileHandler(run / LOG, delay=True))
     except OSError:
         log.addHandler(logging.NullHandler())
     return log

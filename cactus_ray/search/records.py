@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cactus_ray.data import DataSet
 from cactus_ray.errors import UserError
 from cactus_ray.search.halving import Decision
 from cactus_ray.search.work import Work
+
+if TYPE_CHECKING:  # records are also read where nothing else needs torch
+    from cactus_ray.data import DataSet
 
 COLUMNS = (
     "trial", "level", "method", "seed", "split", "samples", "standard_accuracy", "n_certified", "n_falsified",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cactus_ray.bounds.rounding import ARITHMETICS
+from cactus_ray.bounds.arithmetic import ARITHMETICS
 from cactus_ray.config import setting
 from cactus_ray.errors import ConfigError, UserError
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 DOCUMENTS = sorted(LAUNCH.rglob("*.yaml"))
+CLUSTERS = ("kuberay/raycluster.yaml", "kuberay/rayjob.yaml")
 
 
 def read(name: str) -> Any:
@@ -68,6 +70,62 @@ def test_cluster_launcher_document_is_one() -> None:
     assert any("chmod 600 ~/.ray/auth_token" in c for c in cluster["setup_commands"])
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
         assert all(c.startswith("RAY_AUTH_MODE=token ") for c in commands if "ray start" in c)
+
+
+def search_options(command: str) -> dict[str, str]:
+    """Options with their values of a `cactus-ray search` in a command line."""
+    words = shlex.split(command.replace("\\\n#", " "))
+    words = words[words.index("search") + 2 :]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def test_the_search_of_the_cluster_launcher_names_a_scratch_folder_that_all_machines_see() -> None:
+    (line,) = re.findall(r"^#   ray exec launch/cluster.yaml '(.*)'$", (LAUNCH / "cluster.yaml").read_text(), re.M)
+    storage = Path(search_options(line)["--storage"])
+    assert storage.is_absolute()
+    assert f"Change {storage.parent}: " in (LAUNCH / "cluster.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_records_and_scratch_of_a_search_on_kubernetes_outlive_its_pods(name: str) -> None:
+    """Both options point to claims that head and workers mount; records are written by the head alone."""
+    text, document = (LAUNCH / name).read_text(), read(name)
+    if document["kind"] == "RayJob":
+        spec, command = document["spec"]["rayClusterSpec"], document["spec"]["entrypoint"]
+    else:
+        (command,) = re.findall(r"^#     (cactus-ray search .*)$", text, re.MULTILINE)
+        spec = document["spec"]
+    options = search_options(command)
+    assert options["--runs"] != options["--storage"]
+    claims = {
+        claim["metadata"]["name"]: claim["spec"]
+        for claim in yaml.safe_load_all((LAUNCH / "kuberay" / "claims.yaml").read_text())
+    }
+    assert all(claim["accessModes"] == ["ReadWriteMany"] for claim in claims.values())
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"]}
+        mounts = {mount["mountPath"]: mount for mount in pod["containers"][0]["volumeMounts"]}
+        assert volumes.keys() == {mount["name"] for mount in mounts.values()}
+        assert volumes[mounts[options["--runs"]]["name"]] == "cactus-ray-runs"
+        assert volumes[mounts[options["--storage"]]["name"]] == "cactus-ray-scratch"
+        assert set(volumes.values()) == claims.keys()
+        assert mounts[options["--runs"]].get("readOnly", False) is (group is not spec["headGroupSpec"])
+        assert not mounts[options["--storage"]].get("readOnly")
+
+
+@pytest.mark.parametrize("group", groups())
+def test_the_key_of_wandb_comes_from_a_secret_and_only_to_the_driver(group: Any) -> None:
+    (container,) = group["template"]["spec"]["containers"]
+    keys = [variable for variable in container["env"] if variable["name"].startswith("WANDB")]
+    secret = {"name": "wandb", "key": "api-key", "optional": True}
+    expected = [{"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": secret}}]
+    assert keys == (expected if container["name"] == "ray-head" else [])
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *DOCUMENTS], ids=lambda p: p.name)
+def test_no_file_suggests_what_a_search_refuses(path: Path) -> None:
+    assert not re.search(r"(s3|gs|ray)://", path.read_text())
 
 
 def test_kubernetes_documents_ask_for_tokens_and_one_ray_version() -> None:
@@ -173,12 +231,19 @@ def test_slurm_starts_head_workers_and_search(paper_cluster: dict[str, str]) -> 
     assert "--address=192.0.2.1:20002 " in worker
     assert any(line.startswith("srun --nodes=1 --ntasks=1 --nodelist=node1 ") for line in lines)
     assert any(line.startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --exclude=node1 ") for line in lines)
+    storage = f"--storage {paper_cluster['SLURM_SUBMIT_DIR']}/runs/.ray"
     assert lines.index("waited for 2 at 192.0.2.1:20002") < lines.index(
-        "cactus-ray search space.yaml --trials 2 --address 192.0.2.1:20002"
+        f"cactus-ray search {storage} space.yaml --trials 2 --address 192.0.2.1:20002"
     )
     assert "token 600 64" in lines
     assert "mode token unset" in lines
     assert not list(Path(paper_cluster["HOME"], ".cactus-ray").iterdir())  # the token is gone with the job
+
+
+def test_slurm_takes_another_scratch_folder(paper_cluster: dict[str, str]) -> None:
+    done = slurm({**paper_cluster, "CACTUS_STORAGE": "/mnt/fast disk"}, "space.yaml")
+    assert done.returncode == 3, done.stderr
+    assert "cactus-ray search --storage /mnt/fast disk space.yaml " in Path(paper_cluster["LOG"]).read_text()
 
 
 def test_slurm_passes_the_signal_on_and_waits_for_a_clean_stop(paper_cluster: dict[str, str]) -> None:
