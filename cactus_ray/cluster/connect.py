@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ray
+from ray._private import services
 
 from cactus_ray.cluster.token import close_token, secure_token
 from cactus_ray.errors import RunFailedError, UserError
@@ -29,6 +32,8 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "OMP_NUM_THREADS": "1",
 }
+START_SECONDS = 180.0
+"""How long the node of a local Ray may take to be up. Ray's own half a minute is too short for a busy machine."""
 LONGEST = 600
 """Characters of an error of Ray's that are passed on."""
 
@@ -70,17 +75,44 @@ def node_shapes() -> dict[str, dict[str, float]]:
 def _begin(cpus: int | None, gpus: int | None) -> None:
     try:
         # "local": a RAY_ADDRESS or a forgotten `ray start` must not be joined without being asked for.
-        ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
-                 log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
+        with patient(START_SECONDS):
+            ray.init(address="local", num_cpus=cpus or _enough_cpus(), num_gpus=gpus, include_dashboard=False,
+                     log_to_driver=False, logging_level="ERROR", namespace=NAMESPACE)  # fmt: skip
     except Exception as error:  # Ray has no class of its own for this
         reason = _line(error)
         if "timed out during startup" in reason:
             reason = (
-                f"it was not up within half a minute, as where other work or a lack of memory holds it up: {reason}"
+                f"it was not up within {START_SECONDS / 60:g} minutes, as where other work or a lack of memory holds "
+                f"it up: {reason}"
             )
         raise RunFailedError(
             f"Ray did not start; what is finished is kept, the same command goes on ({reason})"
         ) from error
+
+
+@contextlib.contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Let Ray's start inside the block wait so long for its node, which Ray asks for through one private function.
+
+    A start that Ray gives up leaves its processes behind until this process ends, so trying again would be worse.
+    """
+    asked = services.get_node
+
+    def get_node(*arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return asked(*arguments, **options)
+            except RuntimeError:  # the node is not known yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = get_node
+    try:
+        yield
+    finally:
+        services.get_node = asked
 
 
 def _line(error: Exception) -> str:

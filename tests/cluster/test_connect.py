@@ -2,8 +2,9 @@
 
 import pytest
 import ray
+from ray._private import services
 
-from cactus_ray.cluster.connect import connected
+from cactus_ray.cluster.connect import connected, patient
 from cactus_ray.errors import RunFailedError, UserError
 
 TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup"
@@ -39,3 +40,28 @@ def test_any_other_fault_of_the_start_is_one_line_with_its_class(
     assert len(str(found.value)) < 800
     with pytest.raises(UserError, match=r"^--address: got 'auto'; .*" + type(fault).__name__), connected("auto"):
         pass
+
+
+def test_a_start_waits_for_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def unknown_twice(address: str, node: str) -> str:
+        calls.append(node)
+        if len(calls) < 3:
+            raise RuntimeError("no such node")
+        return node
+
+    monkeypatch.setattr(services, "get_node", unknown_twice)
+    with patient(3600.0):
+        assert services.get_node("address", "node") == "node"
+    assert len(calls) == 3
+    assert services.get_node is unknown_twice
+
+
+def test_a_node_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(address: str, node: str) -> str:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(services, "get_node", unknown)
+    with patient(0.0), pytest.raises(RuntimeError, match="no such node"):
+        services.get_node("address", "node")
