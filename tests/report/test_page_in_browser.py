@@ -1,7 +1,7 @@
 """The page in a real browser: every chart is drawn, nothing is complained of, nothing leaves the page.
 
-Playwright's Python package drives the Chromium that the system has (``pip install -e '.[browser]'`` and, on Debian,
-``apt-get install chromium``); no browser is downloaded. Without either these tests are skipped.
+Playwright's Python package drives the Chromium that the system has (``bash launch/setup.sh dev,browser`` and, on
+Debian, ``apt-get install chromium``); no browser is downloaded. Without either these tests are skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from test_page import HOSTILE, read
 from cactus_ray.report.page import write_page
 from cactus_ray.search.space import Space
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -e '.[browser]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: bash launch/setup.sh dev,browser")
 
 pytestmark = pytest.mark.browser
 
