@@ -26,7 +26,8 @@ NORMALIZATION: dict[str, Normalization] = {
     "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
 }
 """Mean and deviation per channel, for the architectures that normalise their input. Fixed, never learnt from data."""
-_GLOBAL_GENERATOR = threading.Lock()
+_GLOBAL_GENERATOR = threading.RLock()
+"""Held while layers are made; again by the same thread where a factory builds a part of its network with ``build``."""
 
 
 @dataclass(frozen=True, slots=True)

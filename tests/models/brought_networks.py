@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+from cactus_ray.config import ModelConfig
+from cactus_ray.models import build
+
 Shape = tuple[int, ...]
 _calls = itertools.count(1)
 
@@ -58,6 +61,11 @@ def drawn_with_a_seed(shape: Shape, classes: int) -> nn.Module:
 
 def copied(shape: Shape, classes: int) -> nn.Module:
     return _small(copy.deepcopy(nn.Conv2d(1, 4, 3)))
+
+
+def around_ours(shape: Shape, classes: int) -> nn.Module:
+    """A head behind a network of the package, which the factory has built."""
+    return nn.Sequential(build(ModelConfig(name="mlp"), shape, 16, generator=torch.Generator()), nn.Linear(16, classes))
 
 
 def frozen(shape: Shape, classes: int) -> nn.Module:

@@ -84,6 +84,7 @@ READ = {
     "double": CHAIN,
     "channels_last": CHAIN,
     "unused": ["input", "flatten", "linear"],
+    "around_ours": ["input", "flatten", *["linear", "relu"] * 2, "linear", "linear"],
     "double_by_default": CHAIN,
 }
 
