@@ -5,8 +5,8 @@
 
 import json
 import os
+import resource
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from cactus_ray import cli
+
 EARLIER = Path(__file__).parents[1] / "deploy" / "earlier"
-SECONDS = 120
-"""After which a child counts as stalled (SIGALRM); what is refused takes milliseconds."""
+SECONDS = 60
+"""Of processor time, after which a child counts as stalled and is killed; what is refused takes milliseconds."""
 WEIGHT = np.full((10, 64), 0.01, np.float32)
 LEAST = -(2**63)
 
@@ -175,12 +177,10 @@ def in_a_child(arguments: list[str], shown: Path) -> tuple[int, str]:
     if child == 0:
         status = 70  # a traceback
         try:
-            signal.alarm(SECONDS)
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             with shown.open("w") as stream:
                 os.dup2(stream.fileno(), 1)
                 os.dup2(stream.fileno(), 2)
-            from cactus_ray import cli
-
             status = cli.run(arguments)
         finally:
             sys.stdout.flush()
@@ -203,6 +203,10 @@ def main(folder: Path) -> None:
     load(DataConfig(name="digits"), ("test",))
     found: dict[str, tuple[int, str]] = {}
     path, shown = folder / "model.onnx", folder / "shown.txt"
+    path.write_bytes(b"nothing")
+    assert (
+        in_a_child(["verify", str(path)], shown)[0] == cli.run(["verify", str(path)]) == 2
+    )  # loads what children need
     verify = ["verify", str(path), "--data", "digits", "--epsilon", "0.01", "--samples", "1"]
     for name, data in ({k: v for k, (v, _) in CASES.items()} | HARMLESS).items():
         path.write_bytes(data)
