@@ -17,7 +17,7 @@ from cactus_ray import interrupts
 BOTH = pytest.mark.parametrize("number", interrupts.SIGNALS, ids=lambda number: signal.Signals(number).name)
 
 
-class EndedError(Exception):
+class EndedError(BaseException):  # as nothing that handles errors may see it
     """Stands for the end of the process."""
 
 
