@@ -24,7 +24,7 @@ COMMON = (
     "--dashboard-agent-listen-port=0", "--disable-usage-stats",
 )  # fmt: skip
 STARTS = 5
-"""So often a node may fail to start: Ray gives its own processes 15 seconds, which a busy machine does not keep."""
+"""So often a node may fail to start: Ray gives its processes 15 and 30 seconds, too few on a busy machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,6 @@ def nodes(head: int, workers: tuple[int, ...], hidden: Path | None = None) -> It
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "WANDB_"))}
     environment |= {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": path,
-        "RAY_raylet_start_wait_time_s": "300",
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         base = Path(tempfile.mkdtemp(prefix="cr-", dir="/tmp"))  # sockets lie in it, whose paths must be short
