@@ -36,12 +36,6 @@ from cactus_ray.training.loop import train
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
-def small_ray() -> Iterator[None]:
-    with connect.connected(None, cpus=2):
-        yield
-
-
 @pytest.fixture(scope="module")
 def trained() -> tuple[Space, Network]:
     tiny = space()
@@ -76,7 +70,7 @@ def pid_of(pool: VerifierPool, slot: str) -> int:
     return int(ray.get(pool.actors[slot].pid.remote()))
 
 
-@pytest.mark.usefixtures("small_ray")
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(("how", "reason"), [(signal.SIGKILL, "verifier_died"), (signal.SIGSTOP, "verifier_hung")])
 def test_a_verifier_that_dies_or_hangs_loses_nothing(trained: tuple[Space, Network], how: int, reason: str) -> None:
     pool = make_pool(*trained, 2)
@@ -107,7 +101,7 @@ def test_a_verifier_that_dies_or_hangs_loses_nothing(trained: tuple[Space, Netwo
     pool.close()
 
 
-@pytest.mark.usefixtures("small_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_chunk_that_kills_every_verifier_is_given_up_and_the_next_one_verified(
     trained: tuple[Space, Network], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +125,7 @@ def test_a_chunk_that_kills_every_verifier_is_given_up_and_the_next_one_verified
     pool.close()
 
 
-@pytest.mark.usefixtures("small_ray")
+@pytest.mark.usefixtures("shared_ray")
 def test_a_level_that_does_not_fit_is_reported_and_the_verifier_lives_on(trained: tuple[Space, Network]) -> None:
     pool = make_pool(*trained, 1)
     pool.submit(job(0, levels=("dense", "nonsense")))
@@ -169,6 +163,7 @@ def test_four_verifiers_share_one_gpu(trained: tuple[Space, Network]) -> None:
 # --- whole studies -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_bad_network_costs_its_own_trial_only(trained: tuple[Space, Network], tmp_path: Path) -> None:
     """Trained trials wait for verdicts: of an unsupported graph, of NaN, of logits that overflow, and of a good one."""
     _, good = trained
@@ -194,6 +189,7 @@ def test_a_bad_network_costs_its_own_trial_only(trained: tuple[Space, Network], 
     assert fine.points[0]["n_certified"] > 0
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_verifier_killed_in_mid_study_costs_its_seconds_only(
     trained: tuple[Space, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

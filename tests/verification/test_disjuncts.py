@@ -100,7 +100,8 @@ def test_splitting_decides_what_bounds_leave_open() -> None:
 
 
 def test_the_same_specification_gives_the_same_tree(quick: pytest.MonkeyPatch) -> None:
-    first, second = answer(known(4)), answer(known(4))
+    first, second = answer(known(24)), answer(known(24))
+    assert first.parts > 10
     assert (first.result, first.parts) == (second.result, second.parts)
 
 
@@ -172,13 +173,14 @@ def test_memory_that_runs_out_is_met_with_smaller_batches(quick: pytest.MonkeyPa
             raise torch.OutOfMemoryError("out of memory")
         return true(root, problems, *rest)  # type: ignore[arg-type]
 
-    whole = answer(known(4))
+    whole = answer(known(36))
     quick.setattr(branch, "optimise", scarce)
-    found = answer(known(4))
+    found = answer(known(36))
+    assert whole.parts > 10
     assert max(seen) > 2
     assert (whole.result, found.result) == ("unsat", "unsat")
     quick.setattr(branch, "optimise", lambda *a: (_ for _ in ()).throw(MemoryError()))
-    found = answer(known(4))
+    found = answer(known(36))
     assert (found.result, found.reason) == ("unknown", "out_of_memory")
 
 
