@@ -101,7 +101,7 @@ def test_a_network_that_only_real_numbers_classify_is_not_certified(bound: str) 
     points = torch.rand(500, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     assert bool((forward(graph, params, points).argmax(1) == 1).any())
     assert all(exact_margin(graph, params, x) > 0 for x in points[:50])
-    threat, settings = ThreatConfig(epsilon=1.0), replace(SETTINGS, bound=bound, seconds_per_sample=5.0)
+    threat, settings = ThreatConfig(epsilon=1.0), replace(SETTINGS, bound=bound, seconds_per_sample=1e9)
     image, label = torch.zeros(1, 1, 1, 1), torch.tensor([0])
     (real,) = verify(graph, params, image, label, [0], threat, replace(settings, arithmetic="real"))
     assert real.verdict is Verdict.CERTIFIED

@@ -13,7 +13,7 @@ from cactus_ray.search.replicates import leading, replicate_seed
 from cactus_ray.search.store import Records, RunStore, read_records
 from cactus_ray.search.study import Study
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
 
 def test_a_study_trains_its_front_again_and_sees_it_on_fresh_samples(tmp_path: Path) -> None:

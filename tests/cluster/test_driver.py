@@ -20,7 +20,7 @@ from cactus_ray.search.store import Records, RunStore, read_records, with_front
 from cactus_ray.search.study import Event, Study
 from cactus_ray.training.loop import train
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
 
 def test_direct_and_ray_train_give_the_same_weights_as_a_plain_call(tmp_path: Path) -> None:
@@ -87,8 +87,6 @@ def test_a_study_at_concurrency_one_is_reproducible_and_failures_stay_off_the_fr
 
 
 def test_a_training_process_that_dies_fails_its_trial_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the workers
     monkeypatch.setenv("CACTUS_TEST_DRIVER", str(os.getpid()))
     deadly = space(model={"factory": "deadly_network:deadly"}, parameters={"method": {"value": "ibp"}})
     study = Study(deadly, RunStore(tmp_path), Records(), list(range(40)))

@@ -14,7 +14,7 @@ from cactus_ray.cluster.resources import plan
 from cactus_ray.cluster.verifier import VerifierContext
 from cactus_ray.cluster.verifier_pool import VerifierPool
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
 
 @pytest.fixture

@@ -77,11 +77,13 @@ STOPPING = {"name": "asha", "promote": False}
 SEARCH = {"trials": 5, "concurrency": 1, "sampler": "random", "scheduler": STOPPING}
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_trials_of_a_study_stop_themselves_at_rungs(tmp_path: Path) -> None:
     tiny = space(parameters=PARAMETERS, search=SEARCH, train={**SPACE["train"], "epochs": 4})
     check(run(tiny, tmp_path), 5, tiny)
 
 
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("execution", ["direct", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_trial_waits_and_is_promoted_to_the_network_that_it_would_have_been(tmp_path: Path, execution: str) -> None:
     search = {**SEARCH, "trials": 4, "scheduler": {"name": "asha"}}
@@ -104,6 +106,7 @@ def test_a_trial_waits_and_is_promoted_to_the_network_that_it_would_have_been(tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ray")
 def test_trials_of_ray_train_stop_themselves_at_rungs(tmp_path: Path) -> None:
     tiny = space(
         parameters=PARAMETERS, search=SEARCH, train={**SPACE["train"], "epochs": 4}, resources={"workers": 2}

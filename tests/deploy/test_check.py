@@ -526,7 +526,9 @@ def test_it_is_verified_again_in_the_arithmetic_that_it_claims(
 
 
 def test_what_branch_and_bound_proved_is_proved_again(run_folder: Path, tmp_path: Path) -> None:
-    settings = VerificationSettings(attack_steps=10, restarts=1, bound="branch", arithmetic="real")
+    settings = VerificationSettings(
+        attack_steps=10, restarts=1, bound="branch", arithmetic="real", seconds_per_sample=100.0
+    )
     result = pick(run_folder, Requirements(level="int8"), tmp_path / "branch", settings=settings)
     searched = [row for row in result.document.verdicts if row.decided_by in ("alpha", "branch")]
     assert any(row.verdict == "CERTIFIED" and row.lower_bound is None for row in searched)

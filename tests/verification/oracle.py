@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 SLACK = 1e-6
 """Widening of bounds that a linear program gave: more than its tolerance."""
-SECONDS = 60.0
+SECONDS = 600.0
 """Limit of one mixed-integer program; what it has not proved by then makes the bracket wider, not wrong."""
 
 
