@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ def shared_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             patch.setenv("PYTHONPATH", path)
             patch.setenv("CACTUS_TEST_DRIVER", str(os.getpid()))
             for left in reversed(range(STARTS)):
-                try:
+                with contextlib.suppress(*[RunFailedError] * bool(left)):
                     _shared.enter_context(connect.connected(None, cpus=CPUS))
                     break
-                except RunFailedError:
-                    ray.shutdown()
-                    if not left:
-                        raise
+                ray.shutdown()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # Ray drops the processes of a failed start, and Python says so
+                    gc.collect()
 
     def joined(*_: Any, **__: Any) -> Any:
         return contextlib.nullcontext(dict(ray.cluster_resources()))
