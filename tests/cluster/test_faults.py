@@ -57,7 +57,7 @@ def job(*starts: int, count: int = 10, levels: tuple[str, ...] = ("dense", "int8
     return Job("t", 1, 1000, chunks)
 
 
-def drain(pool: VerifierPool, wanted: int, seconds: float = 120.0) -> list[Outcome]:
+def drain(pool: VerifierPool, wanted: int, seconds: float = 250.0) -> list[Outcome]:
     """What comes until ``wanted`` chunks have ended, losses that are tried again among them."""
     found: list[Outcome] = []
     deadline = time.monotonic() + seconds
