@@ -73,7 +73,7 @@ def cactus_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Copied:
-    """Copies a recorded file or folder, named from here, into a folder of the test's own: ``copied("studies/warm")``."""
+    """Copies a recorded file or folder into a folder of the test's own: ``copied("studies/warm")``."""
 
     def copy(name: str) -> Path:
         to = tmp_path / name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECORDED, CactusRay, Copied
+from conftest import CactusRay, Copied
 
 TABLES = ("points.csv", "front.csv", "replicates.csv")
 
@@ -32,7 +31,39 @@ class Study:
 
 
 STUDIES = {
-}
+    "halving": Study(8, "completed", {"completed": 5, "stopped": 3}, 15, [
+        ("t0004", "prune:gs-l2:0.5+int8", 24, 0.625, 1120), ("t0007", "int4", 37, 0.925, 1458),
+        ("t0008", "int4", 35, 0.95, 1458),
+    ]),
+    "waiting": Study(6, None, {"waiting": 3}, 0),
+    "replicates": Study(3, "completed", {"completed": 3}, 9, [
+        ("t0002", "prune:gs-l2:0.5+int8", 22, 0.625, 1120), ("t0001", "int4", 22, 0.65, 1458),
+        ("t0001", "dense", 24, 0.675, 3019),
+    ], {"completed": 2}),
+    "killed": Study(3, "completed", {"completed": 3}, 6, [
+        ("t0003", "int8", 29, 0.9, 3813), ("t0002", "int8", 33, 0.925, 3961), ("t0001", "int8", 36, 0.975, 4004),
+    ]),
+    "out_of_memory": Study(
+        3, "completed", {"completed": 2, "failed": 1}, 4, [("t0001", "int8", 35, 0.925, 1220)]
+    ),
+    "half_finished": Study(3, None, {"completed": 1, "running": 1}, 2, [("t0001", "int8", 35, 0.975, 4004)]),
+    "warm": Study(1, "completed", {"completed": 1}, 3, [
+        ("t0001", "prune:gs-l2:0.5+int8", 15, 0.375, 1120), ("t0001", "int4", 26, 0.775, 1458),
+        ("t0001", "dense", 28, 0.825, 3019),
+    ]),
+}  # fmt: skip
+TRIALS = {
+    "halving": {"t0001": ("completed", 4, 120), "t0002": ("stopped", 1, 0), "t0003": ("stopped", 3, 0),
+                "t0004": ("completed", 4, 120), "t0005": ("stopped", 1, 0), "t0006": ("completed", 4, 120),
+                "t0007": ("completed", 4, 120), "t0008": ("completed", 4, 120)},
+    "waiting": {"t0001": ("waiting", 1, 0), "t0002": ("waiting", 1, 0), "t0003": ("waiting", 3, 0)},
+    "replicates": dict.fromkeys(("t0001", "t0002", "t0003", "t0001-s2", "t0002-s2"), ("completed", 4, 120)),
+    "killed": dict.fromkeys(("t0001", "t0002", "t0003"), ("completed", 10, 80)),
+    "out_of_memory": {"t0001": ("completed", 4, 80), "t0002": ("failed", 0, 0), "t0003": ("completed", 4, 80)},
+    "half_finished": {"t0001": ("completed", 10, 80), "t0002": ("running", 2, 0)},
+    "warm": {"t0001": ("completed", 4, 120)},
+}  # fmt: skip
+"""Status, epochs and verdicts of every trial."""
 
 
 @pytest.fixture(params=STUDIES)
@@ -64,23 +95,16 @@ def test_status(study: tuple[Path, Study], cactus_ray: CactusRay) -> None:
     run, known = study
     found = cactus_ray("status", run, "--json").json
     assert (found["asked"], found["trials"], found.get("replicates")) == (known.asked, known.trials, known.replicates)
-    assert found["status"] == (known.ended or "running, or ended without a last word")
-    recorded = events(run)
-    assert [row["trial"] for row in found["records"]] == [e["trial"] for e in recorded if e["event"] == "started"]
-    verdicts: Counter[str] = Counter()
-    for event in recorded:
-        if event["event"] == "verdicts":
-            verdicts[event["trial"]] += len({s[0] for level in event["levels"].values() for s in level["samples"]})
-    for row in found["records"]:
-        assert row["epochs"] == len({e["epoch"] for e in recorded if (e["event"], e.get("trial")) == ("epoch", row["trial"])})
-        assert (row["verdicts"] > 0) == (verdicts[row["trial"]] > 0)
+    assert (found["status"] == "completed") == (known.ended == "completed")
+    records = {row["trial"]: (row["status"], row["epochs"], row["verdicts"]) for row in found["records"]}
+    assert records == TRIALS[run.name]
     shown = cactus_ray("status", run)
     assert shown.status == 0
-    for row in found["records"]:
-        assert row["trial"] in shown.out
+    assert all(trial in shown.out for trial in records)
 
 
-def test_report_makes_the_same_tables(study: tuple[Path, Study], cactus_ray: CactusRay, tmp_path: Path) -> None:
+def test_report_makes_the_same_tables(study: tuple[Path, Study], cactus_ray: CactusRay) -> None:
+    """Byte by byte. Hypervolumes of trials are those of the tables' points over the records' reference point."""
     run, known = study
     recorded = {name: (run / name).read_bytes() for name in TABLES if (run / name).exists()}
     for name in recorded:
@@ -92,33 +116,30 @@ def test_report_makes_the_same_tables(study: tuple[Path, Study], cactus_ray: Cac
         for p in sorted(found["front"], key=lambda p: (p["bytes"], -p["n_certified"]))
     ]
     assert front == known.front
-    assert {(p["samples"], p["split"]) for p in found["front"]} <= {(40, "selection")}
-    # a driver that was killed leaves tables that lag behind its records, or none
     rebuilt = {name: (run / name).read_bytes() for name in TABLES if (run / name).exists()}
     assert {name: rebuilt[name] for name in recorded} == recorded
-    assert known.ended is None or rebuilt.keys() == recorded.keys()
+    assert rebuilt.keys() == recorded.keys() or run.name == "waiting"  # killed before there were any
     page = (run / "report.html").read_text()
-    assert all(str(p["trial"]) in page for p in found["front"])
-    shown = cactus_ray("report", run)
-    assert shown.status == 0
-    assert all(str(row[0]) in shown.out for row in known.front)
+    assert all(p["trial"] in page for p in found["front"])
 
-
-def test_hypervolumes_of_trials(study: tuple[Path, Study], cactus_ray: CactusRay) -> None:
-    """As worked out here from the points of the tables and the reference point of the records."""
-    run, known = study
-    cactus_ray("report", run)
     (begun,) = (event for event in events(run) if event["event"] == "study")
     limit = begun["reference_point"]["bytes"]
-    points: dict[str, list[tuple[float, float, float]]] = {}
+    curves: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows_of(run / "points.csv"):
         saved = max(1.0 - float(row["bytes"]) / limit, 0.0)
         three = (float(row["certified_accuracy"]), float(row["standard_accuracy"]), saved)
-        points.setdefault(row["trial"], []).append(three)
-    assert sum(map(len, points.values())) == known.points
-    found = {row["trial"]: row["metrics"] for row in cactus_ray("status", run, "--json").json["records"]}
-    for trial, curve in points.items():
-        assert found[trial]["hypervolume"] == pytest.approx(hypervolume(curve), abs=1e-9)
+        curves.setdefault(row["trial"], []).append(three)
+    assert sum(map(len, curves.values())) == known.points
+    metrics = {row["trial"]: row["metrics"] for row in cactus_ray("status", run, "--json").json["records"]}
+    for trial, curve in curves.items():
+        assert metrics[trial]["hypervolume"] == pytest.approx(hypervolume(curve), abs=1e-9)
+
+
+def test_report_prints_the_front(cactus_ray: CactusRay, copied: Copied) -> None:
+    shown = cactus_ray("report", copied("studies/halving"))
+    assert shown.status == 0
+    for trial, _, _, standard, _ in STUDIES["halving"].front:
+        assert any(trial in line and f"{standard:.1%}" in line for line in shown.out.splitlines())
 
 
 def test_explain(study: tuple[Path, Study], cactus_ray: CactusRay) -> None:
@@ -144,7 +165,7 @@ def test_suggest(study: tuple[Path, Study], cactus_ray: CactusRay) -> None:
     assert (found["values"], found["trials_left"]) == ({"learning_rate": 0.0051}, known.asked - started)
     (*_, last) = (run / "suggestions.jsonl").read_text().splitlines()
     assert json.loads(last)["values"] == {"learning_rate": 0.0051}
-    tried = events(run)[2]["parameters"]["learning_rate"]
+    tried = next(e for e in events(run) if e["event"] == "started")["parameters"]["learning_rate"]
     assert cactus_ray("suggest", run, "--set", f"learning_rate={tried!r}").status == 2
     assert cactus_ray("suggest", run, "--set", "learning_rate=7").status == 2
 
@@ -169,10 +190,10 @@ def test_a_trial_that_halving_stopped_is_explained(cactus_ray: CactusRay, copied
     assert min(kinds["rung"], kinds["waiting"], kinds["stopped"]) > 0
     found = cactus_ray("explain", run, "t0002", "--json").json
     assert found["status"] == "stopped"
-    assert (found["rung"]["rank"], found["rung"]["of"], found["rung"]["went_on"]) == RUNG_T0002
+    assert (found["rung"]["rank"], found["rung"]["of"], found["rung"]["went_on"]) == (2, 2, False)
     assert found["rung"]["better"]
     complete = cactus_ray("explain", run, "t0001", "--json").json
-    assert list(complete["constraints"]) == ["standard_accuracy@int4 >= 0.6"]
+    assert complete["constraints"] == {"standard_accuracy@int4 >= 0.6": pytest.approx(-0.05)}
 
 
 def test_trials_that_wait_are_explained(cactus_ray: CactusRay, copied: Copied) -> None:
@@ -185,9 +206,7 @@ def test_curves_of_a_study_are_simulated(cactus_ray: CactusRay, copied: Copied) 
     """Random search over all five whole trials ends at the hypervolume of the front."""
     run = copied("studies/halving")
     limit = events(run)[0]["reference_point"]["bytes"]
-    front = [
-        (n / 40, standard, 1.0 - size / limit) for _, _, n, standard, size in STUDIES["halving"].front
-    ]
+    front = [(n / 40, standard, 1.0 - size / limit) for _, _, n, standard, size in STUDIES["halving"].front]
     for options in ((), ("--scheduler", "none", "--sampler", "random")):
         found = cactus_ray("simulate", run, *options, "--seeds", "2", "--json").json
         assert (found["curves"], len(found["seeds"])) == (5, 2)
@@ -204,7 +223,8 @@ def test_the_front_was_seen_again(cactus_ray: CactusRay, copied: Copied) -> None
     assert {p["seeds"] for p in front.values()} == {2}
     assert {p["over_seeds"] for p in front.values()} == {"open"}
     point = front["t0001", "int4"]
-    assert (point["fresh_n_certified"], point["certified_accuracy_min"], point["certified_accuracy_max"]) == (13, 0.55, 0.6)
+    columns = ("fresh_n_certified", "certified_accuracy_min", "certified_accuracy_max")
+    assert [point[column] for column in columns] == [13, 0.55, 0.6]
     again = cactus_ray("explain", run, "t0001-s2", "--json").json
     assert (again["of"], again["replicate"], len(again["points"])) == ("t0001", 2, 3)
 

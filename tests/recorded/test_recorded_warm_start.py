@@ -14,7 +14,9 @@ import yaml
 from conftest import CactusRay, Copied
 
 
-def told(cactus_ray: CactusRay, source: Path | str, space: dict[str, Any], tmp_path: Path, *options: str) -> dict[str, Any]:
+def told(
+    cactus_ray: CactusRay, source: Path | str, space: dict[str, Any], tmp_path: Path, *options: str
+) -> dict[str, Any]:
     """What a new study records of a source."""
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / "new.yaml"
@@ -78,9 +80,7 @@ def test_a_study_without_a_completed_trial_is_refused(cactus_ray: CactusRay, cop
     assert not (tmp_path / "runs" / "new" / "trials.jsonl").exists()
 
 
-def test_the_journal_of_a_study_says_what_the_study_says(
-    cactus_ray: CactusRay, copied: Copied, tmp_path: Path
-) -> None:
+def test_the_journal_of_a_study_says_what_the_study_says(cactus_ray: CactusRay, copied: Copied, tmp_path: Path) -> None:
     run, journal = copied("studies/halving"), copied("optuna/halving.journal")
     past = told(cactus_ray, journal, space_of(run), tmp_path / "of_journal")
     expected = told(cactus_ray, run, space_of(run), tmp_path / "of_run")
