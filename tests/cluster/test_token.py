@@ -222,7 +222,7 @@ watcher.start()
 try:
     with connected(None, cpus=1):
         import ray
-        assert ray.get(ray.remote(num_cpus=0)(os.getpid).remote())
+        assert ray.get(ray.remote(num_cpus=0)(lambda: os.getpid()).remote())
         assert os.environ["RAY_AUTH_MODE"] == "token"
         print(os.environ.get("RAY_AUTH_TOKEN_PATH", file))
 finally:
