@@ -204,9 +204,7 @@ def main(folder: Path) -> None:
     found: dict[str, tuple[int, str]] = {}
     path, shown = folder / "model.onnx", folder / "shown.txt"
     path.write_bytes(b"nothing")
-    assert (
-        in_a_child(["verify", str(path)], shown)[0] == cli.run(["verify", str(path)]) == 2
-    )  # loads what children need
+    cli.run(["verify", str(path)])  # is refused; loads what the children need
     verify = ["verify", str(path), "--data", "digits", "--epsilon", "0.01", "--samples", "1"]
     for name, data in ({k: v for k, (v, _) in CASES.items()} | HARMLESS).items():
         path.write_bytes(data)
