@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from chaos import below
+
 RAY = str(Path(sys.executable).with_name("ray"))
 COMMON = (
     "--block", "--node-ip-address=127.0.0.1", "--num-gpus=0", "--object-store-memory=80000000",
@@ -101,11 +103,8 @@ def _raylet(folder: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """`ray start --block` ends its own processes when it is asked to end; what is left goes with its session."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a node with all its processes: asked to end, it would drain for half a minute."""
+    for pid in (*below(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
