@@ -47,17 +47,16 @@ def shared_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     if not ray.is_initialized():
         path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
             patch.setenv("PYTHONPATH", path)
             patch.setenv("CACTUS_TEST_DRIVER", str(os.getpid()))
+            warnings.simplefilter("ignore")  # Ray drops the processes of a start that failed, and Python says so
             for left in reversed(range(STARTS)):
                 with contextlib.suppress(*[RunFailedError] * bool(left)):
                     _shared.enter_context(connect.connected(None, cpus=CPUS))
                     break
                 ray.shutdown()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Ray drops the processes of a failed start, and Python says so
-                    gc.collect()
+                gc.collect()
 
     def joined(*_: Any, **__: Any) -> Any:
         return contextlib.nullcontext(dict(ray.cluster_resources()))
