@@ -60,14 +60,14 @@ def test_completed_trials_of_a_study_are_told(
 
 def test_what_does_not_fit_is_named(cactus_ray: CactusRay, copied: Copied, tmp_path: Path) -> None:
     run = copied("studies/halving")
-    space = space_of(run, verification={"samples": 30, "attack_steps": 5})
+    space = space_of(run, verification={"samples": 40, "attack_steps": 5, "bound": "ibp"})
     space["parameters"]["learning_rate"]["max"] = 0.01
     past = told(cactus_ray, run, space, tmp_path)
     assert [row["trial"] for row in past["trials"]] == ["t0001", "t0004", "t0006"]
     assert [row["trial"] for row in past["skipped"]] == ["t0007", "t0008"]
     assert all("learning_rate" in row["why"] for row in past["skipped"])
     (note,) = past["notes"]
-    assert "40 there and 30 here" in note
+    assert "crown there and ibp here" in note
 
 
 def test_a_study_without_a_completed_trial_is_refused(cactus_ray: CactusRay, copied: Copied, tmp_path: Path) -> None:
