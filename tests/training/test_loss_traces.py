@@ -34,8 +34,17 @@ CACTUS = {"compression_set": {"strategy": "single"}, "awp_radius": 0.5}
 
 
 COMPILED = (
-    "mtl_ibp", "staps", "exp_ibp", "pgd", "nrsloss", "awp", "crown_ibp", "hydra mask", "qa_ibp quantised", "c_sam mask",
-)  # fmt: skip
+    "mtl_ibp",
+    "staps",
+    "exp_ibp",
+    "pgd",
+    "nrsloss",
+    "awp",
+    "crown_ibp",
+    "hydra mask",
+    "qa_ibp quantised",
+    "c_sam mask",
+)
 CASES = {" ".join([m, s.name] if s.name else [m]): (m, i) for m in METHODS for i, s in enumerate(STAGES.get(m, WHOLE))}
 
 
