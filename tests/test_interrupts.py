@@ -21,6 +21,16 @@ class EndedError(BaseException):  # as nothing that handles errors may see it
     """Stands for the end of the process."""
 
 
+@pytest.fixture(autouse=True)
+def _nothing_heard_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a process begins, whatever commands an earlier test ran in this one."""
+    monkeypatch.setattr(interrupts, "_state", interrupts._State())
+    before = {number: signal.signal(number, signal.default_int_handler) for number in interrupts.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Handlers as ``main`` installs them, with a clock that stands still, and an end that can be caught."""

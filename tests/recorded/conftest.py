@@ -7,39 +7,16 @@ the entry point of the console script.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from recorded_support import DATA, RECORDED, Answer, CactusRay, Copied
 
 from cactus_ray import cli
-
-RECORDED = Path(__file__).parent
-DATA = ("studies", "optuna", "picks")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a verb ended, and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """What a verb with --json printed. Fails where it did not end with 0."""
-        assert self.status == 0, self.err
-        return json.loads(self.out)
-
-
-CactusRay = Callable[..., Answer]
-Copied = Callable[[str], Path]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,8 +40,13 @@ def cactus_ray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         monkeypatch.setattr(sys, "argv", ["cactus-ray", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:  # those of a command are meant for its own process
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         assert isinstance(ended.value.code, int)
         return Answer(ended.value.code, *capsys.readouterr())
 

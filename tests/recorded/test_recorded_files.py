@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from conftest import DATA, RECORDED
+from recorded_support import DATA, RECORDED
 
 COMMIT = "b02dd459263979b168b1ecd7602248ad5dcef666"
 FILES = [file for folder in DATA for file in sorted((RECORDED / folder).rglob("*")) if file.is_file()]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RECORDED, CactusRay, Copied
+from recorded_support import RECORDED, CactusRay, Copied
 
 PICKS = ("crown", "branch", "family", "w8a8", "factored")
 FILES = {"model.onnx", "model.safetensors", "certificate.json", "card.md"}

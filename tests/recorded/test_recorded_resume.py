@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CactusRay, Copied
+from recorded_support import CactusRay, Copied
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 COMMAND = [sys.executable, "-c", "from cactus_ray.cli import main; main()"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CactusRay, Copied
+from recorded_support import CactusRay, Copied
 
 TABLES = ("points.csv", "front.csv", "replicates.csv")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import CactusRay, Copied
+from recorded_support import CactusRay, Copied
 
 
 def told(
