@@ -1,5 +1,6 @@
 """Balls that are exact in float32, exact arithmetic, memory errors, attacks."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ SWITCHES = {
     "newer, one backend": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
 }
 CHECK = """
-import warnings; warnings.simplefilter("error")
+import json, os, sys, traceback, warnings
 import torch
 from cactus_ray.bounds.exact import exact_arithmetic
 backends = torch.backends
@@ -71,28 +72,55 @@ names = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv
 def state():
     # none: torch's default, which is ieee
     return [eval(f"backends.{name}.fp32_precision").replace("none", "ieee") for name in names]
-{change}
-before = state()
-try:
-    with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
-        assert set(state()) == {"ieee"}, state()
-        assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype is torch.float32
-        raise ValueError("inside")
-except ValueError:
-    pass
-assert state() == before, (before, state())
+def check(change):
+    warnings.simplefilter("error")
+    exec(change)
+    before = state()
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic(torch.device("cpu")):
+            assert set(state()) == {"ieee"}, state()
+            assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype is torch.float32
+            raise ValueError("inside")
+    except ValueError:
+        pass
+    assert state() == before, (before, state())
+wrong = {}
+for name, change in json.loads(sys.argv[1]).items():
+    reads, writes = os.pipe()
+    if os.fork() == 0:
+        try:
+            check(change)
+        except BaseException:
+            os.write(writes, traceback.format_exc().encode())
+        os.write(writes, b"end")
+        os._exit(0)
+    os.close(writes)
+    with open(reads) as pipe:
+        wrong[name] = pipe.read()
+print(json.dumps(wrong))
 """
+
+
+@pytest.fixture(scope="module")
+def wrong() -> dict[str, str]:
+    """What is wrong after each of the switches ("end": nothing).
+
+    Each in a process of its own, because torch does not forget that a switch was touched; they are forks of one that
+    has imported torch and used nothing of it.
+    """
+    command = [sys.executable, "-c", CHECK, json.dumps(SWITCHES)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.skipif(
     not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has the older switches only"
 )
-def test_short_products_are_off_and_restored(name: str) -> None:
-    """In a process of its own: torch does not forget that a switch was touched."""
-    code = CHECK.replace("{change}", SWITCHES[name])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
+def test_short_products_are_off_and_restored(name: str, wrong: dict[str, str]) -> None:
+    assert wrong[name] == "end"
 
 
 def test_halving_visits_every_position_once() -> None:
