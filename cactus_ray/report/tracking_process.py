@@ -26,6 +26,9 @@ from cactus_ray.search.space import Space
 
 CLOSE_SECONDS = 60.0
 """So long the end of a search waits at most for W&B to finish writing."""
+BEGIN_SECONDS = 180.0
+"""So long it waits before that for a process that has not said anything yet: a short search on a busy machine may be
+over before W&B is imported, and would leave nothing."""
 QUEUED = 10_000
 """Events that may wait for the process; with more of them it is taken to hang, and nothing more is sent."""
 Say = Callable[[str], None]
@@ -69,6 +72,7 @@ class TrackingProcess:
         self.run, self.say = run, say
         self.state: State | None = None
         self.lost = self.closing = False
+        self.begun = threading.Event()
         self.waiting: queue.Queue[bytes | None] = queue.Queue(QUEUED)
         (run / "wandb").mkdir(exist_ok=True)
         with (run / LOG).open("ab") as log:
@@ -89,11 +93,13 @@ class TrackingProcess:
             self._put(event)
 
     def close(self, seconds: float) -> None:
-        """Let the process finish, for ``seconds`` at most; then it is killed. Says where everything is."""
+        """Let the process finish, for ``seconds`` at most once it has begun; then kill it. Says where everything is."""
         self.closing = True
         with contextlib.suppress(queue.Full):
             self.waiting.put_nowait(None)
         try:
+            if not self.lost:
+                self.begun.wait(BEGIN_SECONDS)
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.say(f"W&B: not finished within {seconds:g} s, and ended; {self.run / LOG} may say why")
@@ -138,7 +144,9 @@ class TrackingProcess:
         with self.process.stdout as answers:
             for line in answers:
                 self.state = State(**json.loads(line))
+                self.begun.set()
                 self.say(words(self.state, self.run))
+        self.begun.set()
         status = self.process.wait()  # one that died early is no zombie until the end of the search
         if not self.closing:
             self.say(f"W&B: its process died (status {status}), the search goes on; {self.run / LOG} may say why")
