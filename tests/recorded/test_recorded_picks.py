@@ -95,7 +95,9 @@ def test_a_network_file_is_picked_again(cactus_ray: CactusRay, copied: Copied, t
     now, then = certificate(tmp_path / "w8a8"), certificate(RECORDED / "picks" / "w8a8")
     assert now["file"]["bytes"] == then["file"]["bytes"]
     assert now["data"] == then["data"]
-    assert counts(now["verdicts"]) == counts(then["verdicts"])
+    # attacks may end otherwise on another machine, proofs do not: no lower bound is within 0.01 of 0
+    proved = [[row["index"] for row in d["verdicts"] if row["verdict"] == "CERTIFIED"] for d in (now, then)]
+    assert proved[0] == proved[1]
     assert cactus_ray("check", tmp_path / "w8a8").status == 0
 
 
