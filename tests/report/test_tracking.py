@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -67,27 +66,6 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(name, str(tmp_path / "home"))
     for name, seconds in (("INIT_SECONDS", 200.0), ("REACH_SECONDS", 60.0), ("TABLE_SECONDS", math.inf)):
         monkeypatch.setattr(tracking, name, seconds)  # what is shown does not depend on how busy the machine is
-
-
-@pytest.fixture
-def server() -> Iterator[str]:
-    """A server that answers everything with 500."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # the name that http.server asks for
-            self.rfile.read(int(self.headers.get("content-length") or 0))
-            self.send_error(500)
-
-        def do_POST(self) -> None:
-            self.do_GET()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_address[1]}"
-        found.shutdown()
 
 
 @pytest.fixture

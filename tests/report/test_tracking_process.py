@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +37,6 @@ class Said:
         with self.changed:
             self.changed.wait_for(lambda: any(text in line for line in self.lines))
             return next(line for line in self.lines if text in line)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """A server that answers."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_address[1]}"
-        found.shutdown()
 
 
 @pytest.fixture
